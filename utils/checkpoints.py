@@ -1,0 +1,65 @@
+"""Checkpoints that survive a kill at any moment: written to a temporary name, checked by digest, renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import stop
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, the manifest excepted."""
+    result = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            result[str(path.relative_to(folder))] = digest.hexdigest()
+    return result
+
+
+def save_checkpoint(run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2) -> None:
+    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep the newest `keep`."""
+    folder = run / "checkpoints" / f"{update:06d}"
+    temporary = folder.with_name(f"tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_pretrained(temporary / "policy")
+    tokenizer.save_pretrained(temporary / "policy")
+    torch.save(state, temporary / "state.pt")
+    (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    for old in complete_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; a folder still under its temporary name is none."""
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def load_checkpoint(
+    run: Path, device: torch.device, say: Callable[[str], None]
+) -> tuple[int, Path | None, dict[str, Any] | None]:
+    """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so where it passes over a damaged
+    one. (0, None, None), the beginning, for a run that was stopped before its first checkpoint."""
+    folders = complete_checkpoints(run)
+    for folder in reversed(folders):
+        try:
+            if digests(folder) != json.loads((folder / "manifest.json").read_text()):
+                raise ValueError("its files do not match their digests")
+            return int(folder.name), folder / "policy", torch.load(folder / "state.pt", map_location=device, weights_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            say(f"checkpoint {folder} is damaged ({error}); falling back to the one before it")
+    if folders:
+        stop(f"--resume {run}: no undamaged checkpoint in {run / 'checkpoints'}")
+    say(f"{run} has no checkpoint yet: starting at the beginning")
+    return 0, None, None
