@@ -8,9 +8,9 @@ Where to look next: `diff ppo_baseline.py vrpo_math.py` shows what VRPO adds to 
 grpo_baseline.py` what is left when the critic goes.
 
 Choices that papers leave open (the README has the list): dropout is off throughout, so that the first ratio is one; the
-answer's EOS is a token like any other and carries the reward; critic backbone, critic head and policy have their own learning
-rates and are clipped apart; every random draw is keyed by seed, purpose and update, so that runs of different methods see
-the same prompts and the same noise, and a resumed run needs no generator state.
+answer's EOS is a token like any other and carries the reward; every random draw is keyed by seed, purpose and update, so that
+runs of different methods see the same prompts and the same noise, and a resumed run needs no generator state; critic backbone,
+critic head and policy have their own learning rates and are clipped apart; the value loss is in units of the returns' variance.
 
     python ppo_baseline.py                                   # embedded model and data, 20 % of the rewards flipped
     python ppo_baseline.py --noise none --seed 2
@@ -19,7 +19,6 @@ the same prompts and the same noise, and a resumed run needs no generator state.
 """
 
 import copy
-import hashlib
 import json
 import time
 from collections import Counter
@@ -29,14 +28,14 @@ from statistics import NormalDist
 from typing import Literal
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import stop
+from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device
-from utils.plot import plot_runs
 from utils.run import Run, check_ranges, parse_args, peak_memory_gb, write_atomically
-from utils.tasks import load_math
+from utils.tasks import load_task
 
 # ==== 1. Args =========================================================================================================
 
@@ -80,9 +79,9 @@ class Args:
     # --- rollout ---
     updates: int = 60
     """updates, each of prompts-per-update x samples-per-prompt episodes"""
-    prompts_per_update: int = 32
+    prompts_per_update: int = 64
     """different prompts in an update"""
-    samples_per_prompt: int = 8
+    samples_per_prompt: int = 4
     """episodes for each of them (a group, for the methods and noise channels that have groups)"""
     max_turns: int = 1
     """answers in an episode; before every further one the user asks to check the work; the last one is graded"""
@@ -114,8 +113,8 @@ class Args:
     """passes over the episodes of an update"""
     minibatch_size: int = 64
     """episodes in one optimizer step"""
-    micro_batch_size: int | None = None
-    """episodes in one forward pass (gradients accumulate; bounds memory); default: minibatch-size"""
+    micro_batch_size: int = 32
+    """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
     learning_rate: float = 1e-4
     """AdamW learning rate of the policy"""
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -146,7 +145,7 @@ class Args:
     """lambda of the critic's targets; 1 is the observed return"""
     critic_backbone: Literal["separate", "shared"] = "separate"
     """separate: a second transformer, initialised from the policy; shared: a head on the policy's own hidden states"""
-    critic_learning_rate: float = 1e-4
+    critic_learning_rate: float = 5e-4
     """AdamW learning rate of the critic's backbone, if separate"""
     head_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's head"""
@@ -161,12 +160,6 @@ class Args:
 # ==== 2. Task and noisy reward ========================================================================================
 
 
-def coin(*key: object) -> float:
-    """A uniform number in (0, 1) that depends on the key alone: each channel, prompt and sample has a generator of its own."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) + 0.5) / 2**64
-
-
 def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
     """The observed rewards of a batch: every clean reward (0 or 1) through the channel `--noise`.
 
@@ -176,36 +169,27 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
     long = sorted(lengths)[-max(1, len(lengths) // 4)]  # the longest quarter begins here
     observed = []
     for i, (reward, key, length) in enumerate(zip(clean, keys, lengths, strict=True)):
-        right, draw = reward > 0.5, coin(args.seed, args.noise, key, update, i)
-        match args.noise:
-            case "none" | "majority-vote":  # the votes were counted before: `clean` is already graded against them
-                flip = False
-            case "symmetric":
-                flip = draw < args.noise_rate
-            case "asymmetric":
-                flip = draw < (args.false_negative_rate if right else args.false_positive_rate)
-            case "persistent":
-                flip = coin(args.seed, args.noise, key) < args.noise_rate
-            case "group":
-                flip = coin(args.seed, args.noise, key, update) < args.noise_rate
-            case "length":
-                flip = not right and length >= long and draw < args.noise_rate
-            case "random":
-                flip = (draw < 0.5) != right  # whatever the answer, the observed reward is a fair coin
-            case "gaussian":
-                flip, reward = False, reward + args.noise_sigma * NormalDist().inv_cdf(draw)
-        observed.append(1.0 - reward if flip else reward)
+        flip_rate = {
+            "symmetric": args.noise_rate,
+            "asymmetric": args.false_negative_rate if reward > 0.5 else args.false_positive_rate,
+            "persistent": args.noise_rate,
+            "group": args.noise_rate,
+            "length": args.noise_rate if reward < 0.5 and length >= long else 0.0,
+            "random": 0.5,  # whatever the answer, the observed reward is a fair coin
+        }.get(args.noise, 0.0)
+        scope = {"persistent": (key,), "group": (key, update)}.get(args.noise, (key, update, i))
+        draw = coin(args.seed, args.noise, *scope)
+        if args.noise == "gaussian":
+            reward += args.noise_sigma * NormalDist().inv_cdf(draw)
+        observed.append(1.0 - reward if draw < flip_rate else reward)
     return observed
 
 
-def channel_metrics(clean: torch.Tensor, observed: torch.Tensor) -> dict[str, float]:
+def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
     right, says_right = clean > 0.5, observed > 0.5
-    true_positives, false_positives = says_right[right].float().mean(), says_right[~right].float().mean()
-    return {
-        "reward/flip_rate": (right != says_right).float().mean().item(),
-        "reward/youden_j": (true_positives - false_positives).item(),
-    }
+    youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
+    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
 
 
 def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
@@ -225,8 +209,7 @@ def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> d
     return labels
 
 
-# ======================================================================================================================
-# 3. Masked-tensor helpers
+# ==== 3. Masked-tensor helpers ========================================================================================
 #
 #   tokens    P  P  P  a  b  E  .  .      P prompt, a b answer, E EOS, . padding: rows are padded on the right
 #   inputs    P  P  P  a  b  E  .         = tokens[:-1]: position t is the state in which token t + 1 is chosen
@@ -235,10 +218,9 @@ def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> d
 #   rewards   0  0  0  0  r  0  0         on the last token of the turn
 #
 # This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the grid of `targets`, (B, T).
-# ======================================================================================================================
 
 
-def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Episodes as `inputs`, `targets` (B, T) int64 and `mask` (B, T) bool; T is the longest episode minus one."""
     width = max(len(e.tokens) for e in episodes)
     tokens = torch.tensor([e.tokens + [pad_id] * (width - len(e.tokens)) for e in episodes], device=device)
@@ -246,58 +228,61 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, torch.T
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": chosen[:, 1:]}
 
 
-def take(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
     width = int(batch["mask"][rows].any(0).nonzero().max().item()) + 1 if batch["mask"][rows].any() else 1
     return {key: value[rows, :width] for key, value in batch.items()}
 
 
-def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def by_length(mask: Tensor) -> Tensor:
+    """Row indices (B,) from the shortest row to the longest: consecutive ones need little padding."""
+    return mask.cumsum(1).argmax(1).argsort(stable=True)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the masked tokens; what stands elsewhere, NaN included, has no part in it."""
     return x[mask].mean()
 
 
-def token_weights(mask: torch.Tensor) -> torch.Tensor:
+def token_weights(mask: Tensor) -> Tensor:
     """Weights (B, T) that sum to one over the minibatch, so that it may be split into micro-batches at will."""
     return mask / mask.sum().clamp(min=1)
 
 
-def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
     """sum of weights * x over the tokens of nonzero weight: a mean over the minibatch, summed micro-batch by micro-batch."""
     return torch.where(weights > 0, weights * x, 0.0).sum()
 
 
-def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean zero and variance one over the masked tokens, zero elsewhere."""
     return torch.where(mask, (x - x[mask].mean()) / (x[mask].std() + 1e-8), 0.0)
 
 
-def turn_ends(mask: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: the last token of every turn, that is, a chosen token that no chosen token follows."""
+def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (B, K) of the last K turns of each episode, the last turn's in the last column, as rewards (B, T) on the last
+    tokens of those turns. The policy chose the EOS that ends a turn, so EOS carries the score; a truncated turn carries it on
+    its last token."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    return mask & ~following
+    ends = mask & ~following
+    turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
+    scored = ends & (turns_to_go < scores.shape[1])
+    return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
 
 
-def place_rewards(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scores (B, K) of the K turns of each episode on the last tokens of those turns, (B, T). EOS ends a turn and is chosen
-    by the policy, so it carries the score; a truncated turn carries it on its last token."""
-    ends = turn_ends(mask)
-    turn = (ends.cumsum(1) - 1).clamp(min=0, max=scores.shape[1] - 1)
-    return torch.where(ends, scores.gather(1, turn), 0.0)
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(R - V) / Var(R) over the masked tokens: 1 is a perfect critic, 0 a constant, below 0 worse; NaN if all returns are equal."""
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(R - V) / Var(R) over the masked tokens: 1 is a perfect critic, 0 a constant, below 0 worse than that. NaN where
+    all returns are equal."""
     variance = returns[mask].var()
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
 
 
-def noise_absorbed(advantages: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> float:
+def noise_absorbed(advantages: Tensor, errors: Tensor, mask: Tensor) -> float:
     """1 - cov(A, e) / var(e) over the masked tokens, e (B, 1) being the reward error of the episode: the share of the error
     that does not reach the advantages. NaN where no reward is wrong."""
     a, e = advantages[mask], errors.expand_as(advantages)[mask]
@@ -307,15 +292,13 @@ def noise_absorbed(advantages: torch.Tensor, errors: torch.Tensor, mask: torch.T
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
 
 
-def hidden_states(decoder: nn.Module, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
     """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on the right and attention is
     causal, so no attention mask is needed, and the LM head is never applied to a prompt."""
     return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
-def logprobs_and_entropy(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D)."""
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
@@ -335,11 +318,11 @@ class Critic(nn.Module):
         """Begin with the best constant."""
         nn.init.constant_(self.head.bias, mean_return)
 
-    def features(self, inputs: torch.Tensor, mask: torch.Tensor, policy_hidden: torch.Tensor) -> torch.Tensor:
+    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
         return policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
 
-    def values(self, features: torch.Tensor) -> torch.Tensor:
+    def values(self, features: Tensor) -> Tensor:
         """V (N,) of N states."""
         return self.head(features.float()).squeeze(-1)
 
@@ -370,26 +353,16 @@ class Episode:
     finished: bool = False
 
 
-def seed_torch(*key: object) -> None:
-    """Start torch's generator at a point that depends on the key alone."""
-    torch.manual_seed(int(coin(*key) * 2**63))
-
-
 @torch.no_grad()
 def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
     """The policy's continuation of every prompt, up to and including the first EOS; temperature 0 is greedy."""
     width, device = max(map(len, prompts)), policy.device
     tokens = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     output = policy.generate(
-        input_ids=tokens,
-        attention_mask=attention,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=chat.eos_ids,
-        pad_token_id=chat.pad_id,
-        **sampling,
-    )[:, width:]
+        input_ids=tokens, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+        temperature=temperature or 1.0, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids, pad_token_id=chat.pad_id,
+    )[:, width:]  # fmt: skip
     is_eos = torch.isin(output, torch.tensor(chat.eos_ids, device=device))
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, output.shape[1])  # what follows EOS is padding
     return [row[:n] for row, n in zip(output.tolist(), lengths.tolist(), strict=True)]
@@ -428,11 +401,11 @@ def grade(task, episode: Episode, answer: str, args: Args) -> float:
 
 
 @torch.no_grad()
-def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, torch.Tensor]:
+def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
     """What is fixed before the update, each (B, T): `logprobs` and `entropy` of the policy that sampled, `ref_logprobs`,
     `values`. Rows of similar length go through the models together."""
     parts = {}
-    for rows in batch["mask"].cumsum(1).argmax(1).argsort().split(args.micro_batch_size or args.minibatch_size):
+    for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
         hidden = hidden_states(policy.get_decoder(), inputs, mask)
@@ -450,7 +423,7 @@ def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> 
 # ==== 6. Advantages ===================================================================================================
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
@@ -468,7 +441,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
     return advantages
 
 
-def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """log pi - log pi_ref of every token, (B, T): what `--kl-in reward` subtracts, times --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
@@ -477,8 +450,8 @@ def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.T
 
 
 def policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, clip_range: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017); statistics beside it."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
@@ -490,15 +463,15 @@ def policy_loss(
     return weighted_sum(loss, weights), stats
 
 
-def kl_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
     """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, weights: torch.Tensor, value_clip: float | None
-) -> torch.Tensor:
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, value_clip: float | None
+) -> Tensor:
     """E[(V - R)^2]; with `value_clip` the larger of it and the error of V kept within value_clip of the rollout's value."""
     loss = (values - returns) ** 2
     if value_clip is not None:
@@ -532,27 +505,23 @@ def main(args: Args) -> None:
     check_ranges(args)
     device = pick_device(args.device)
     policy, chat = load_policy(args.model, device)
-    task = load_math(
-        chat, args.dataset, args.dataset_config, args.train_split, args.test_split,
-        args.question_column, args.answer_column, args.prompt_template, args.max_prompt_tokens,
-    )  # fmt: skip
+    task = load_task(args, chat)
     reference = copy.deepcopy(policy).requires_grad_(False)
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems{task.dropped or ''}, {device}")
+    run.print(f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped {task.dropped}")
 
-    start = 0
-    if args.resume:
-        start, folder, state = load_checkpoint(args.resume, device, run.print)
-        if folder:
-            policy, _ = load_policy(str(folder), device)
-            critic.load_state_dict(state["critic"])
+    start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
+    if start:
+        policy, _ = load_policy(str(folder), device)
+        critic.load_state_dict(state["critic"])
     optimizer = make_optimizer(policy, critic, args)
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
+    labels = {}
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         labels = majority_vote(reference, chat, task, visited, args, run)
@@ -567,7 +536,7 @@ def main(args: Args) -> None:
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group in optimizer.param_groups:
             group["lr"] = fraction * group["start_lr"]
-        policy.requires_grad_(update > args.critic_warmup)
+        policy.requires_grad_(update > args.critic_warmup)  # until then the critic trains alone
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
         problems = task.batch(args.seed, update, args.prompts_per_update)
@@ -581,48 +550,50 @@ def main(args: Args) -> None:
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
         clean = [grade(task, e, e.problem.answer, args) for e in episodes]
-        seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if args.noise == "majority-vote" else clean
+        seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
         observed = observe(args, seen, [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
         finished = torch.tensor([e.finished for e in episodes], device=device)
-        turns = torch.arange(args.max_turns, device=device)
-        last_turn = turns == torch.tensor([len(e.completions) - 1 for e in episodes], device=device).unsqueeze(1)  # (B, K)
+        rewards = place_rewards(observed.unsqueeze(1), batch["mask"])
 
         # --- 9.3 advantages ---
         if args.truncated == "mask":
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
+        if not mask.any():
+            stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
         if update == 1:
             critic.start_at(observed.mean().item())
         with precision:
             batch |= score_tokens(policy, reference, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
-        rewards = place_rewards(observed.unsqueeze(1) * last_turn, mask)
         if args.kl_in == "reward":
             rewards = rewards - args.kl_coef * kl
         errors = (observed - clean).unsqueeze(1)
         zeros = torch.zeros_like(rewards)
-        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # with V = 0 and lambda = 1: the discounted returns
-        clean_returns = gae(rewards - place_rewards(errors * last_turn, mask), zeros, mask, args.gamma, 1.0)
+        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
+        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
         advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
         batch["advantages"] = whiten(advantages, mask)
+        return_variance = batch["returns"][mask].var().clamp(min=0.01)  # unit of the value loss: 1 is a constant critic
         scored = time.perf_counter()
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
-        history: dict[str, list[torch.Tensor]] = {}
-        order = torch.Generator().manual_seed(int(coin(args.seed, "minibatches", update) * 2**63))
-        for rows in [r for _ in range(args.epochs) for r in torch.randperm(len(episodes), generator=order).split(args.minibatch_size)]:
-            minibatch = take(batch, rows.to(device))
+        history = []
+        orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
+        for rows in [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]:
+            minibatch = take(batch, rows)
             minibatch["weights"] = token_weights(minibatch["mask"])
-            stats: dict[str, torch.Tensor] = {}
+            stats: dict[str, Tensor] = {}
             optimizer.zero_grad()
-            for micro in torch.arange(len(rows), device=device).split(args.micro_batch_size or args.minibatch_size):
+            for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
                 part = take(minibatch, micro)
                 mask, weights = part["mask"], part["weights"]
                 with precision:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, part["targets"][mask], args.temperature)
+                    targets = part["targets"][mask]
+                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
                     values = critic.values(critic.features(part["inputs"], mask, hidden))
                 logprobs, entropy, values = (spread(x, mask) for x in (logprobs, entropy, values))
                 losses = {}
@@ -630,22 +601,25 @@ def main(args: Args) -> None:
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                 )
                 losses["losses/value"] = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
+                losses["losses/value"] /= return_variance
                 loss = losses["losses/policy"] + args.value_coef * losses["losses/value"]
                 loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()
-                for key, value in {**losses, **micro_stats, "loss": loss}.items():
+                for key, value in {**losses, **micro_stats, "losses/total": loss}.items():
                     stats[key] = stats.get(key, 0.0) + value.detach()
             for group in optimizer.param_groups:
-                stats[f"norm/{group['name']}"] = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                stats[f"losses/grad_norm_{group['name']}"] = nn.utils.clip_grad_norm_(
+                    group["params"], args.max_grad_norm
+                )
             if not torch.stack(list(stats.values())).isfinite().all():
                 run.close()
-                stop(f"update {update}: {({k: v.item() for k, v in stats.items()})} is not finite; the weights were not touched")
+                numbers = {key: value.item() for key, value in stats.items()}
+                stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
             optimizer.step()
-            for key, value in stats.items():
-                history.setdefault(key, []).append(value)
-        mean = {key: torch.stack(values).mean().item() for key, values in history.items()}
+            history.append(stats)
+        mean = {key: torch.stack([stats[key] for stats in history]).mean().item() for key in stats}
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
@@ -666,12 +640,7 @@ def main(args: Args) -> None:
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": masked_mean(batch["entropy"], mask).item(),
-            "losses/policy": mean["losses/policy"],
-            "losses/approx_kl": mean["losses/approx_kl"],
-            "losses/clipfrac": mean["losses/clipfrac"],
-            "losses/grad_norm_policy": mean["norm/policy"],
-            "losses/value": mean["losses/value"],
-            "losses/grad_norm_critic": (mean.get("norm/critic", 0.0) ** 2 + mean["norm/head"] ** 2) ** 0.5,
+            **mean,
             "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
             "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
             "critic/value_mean": masked_mean(batch["values"], mask).item(),
@@ -693,10 +662,7 @@ def main(args: Args) -> None:
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         run.leave_if_asked(update)
 
-    run.close()
-    accuracy = run.column("eval/accuracy")
-    run.print(f"curves: {plot_runs([run.folder], run.folder / 'curves.png')}")
-    run.print(f"clean held-out accuracy: start {accuracy[0]:.3f}, last {accuracy[-1]:.3f}, peak {max(accuracy):.3f}")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -47,16 +47,22 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    run: Path, device: torch.device, say: Callable[[str], None]
+    run: Path | None, device: torch.device, say: Callable[[str], None]
 ) -> tuple[int, Path | None, dict[str, Any] | None]:
     """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so where it passes over a damaged
-    one. (0, None, None), the beginning, for a run that was stopped before its first checkpoint."""
+    one. (0, None, None), the beginning, for a fresh run (None) or one that was stopped before its first checkpoint."""
+    if run is None:
+        return 0, None, None
     folders = complete_checkpoints(run)
     for folder in reversed(folders):
         try:
             if digests(folder) != json.loads((folder / "manifest.json").read_text()):
                 raise ValueError("its files do not match their digests")
-            return int(folder.name), folder / "policy", torch.load(folder / "state.pt", map_location=device, weights_only=True)
+            return (
+                int(folder.name),
+                folder / "policy",
+                torch.load(folder / "state.pt", map_location=device, weights_only=True),
+            )
         except (OSError, ValueError, RuntimeError) as error:
             say(f"checkpoint {folder} is damaged ({error}); falling back to the one before it")
     if folders:

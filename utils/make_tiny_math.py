@@ -28,24 +28,54 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from utils.answers import is_correct
 
-NAMES = "Ann Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kim Leo Mia Noah Olga Paul".split()
-THINGS = "apples pens books coins cards shells stamps eggs marbles stickers cookies beads".split()
-PLACES = "shop market school park garden library".split()
-BOXES = "bags boxes packs jars baskets".split()
+NAMES = [
+    "Ann",
+    "Ben",
+    "Cara",
+    "Dan",
+    "Ella",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+]
+THINGS = [
+    "apples",
+    "pens",
+    "books",
+    "coins",
+    "cards",
+    "shells",
+    "stamps",
+    "eggs",
+    "marbles",
+    "stickers",
+    "cookies",
+    "beads",
+]
+PLACES = ["shop", "market", "school", "park", "garden", "library"]
+BOXES = ["bags", "boxes", "packs", "jars", "baskets"]
 LARGEST = 199  # no number in a problem or its solution is larger
 
 # Probability that the careless student makes the mistake that belongs to a kind of step (see `Step.careless`).
 MISTAKES = {
     "gain": 0.02,
     "lose": 0.02,
-    "fewer": 0.62,
-    "times": 0.55,
-    "each": 0.40,
-    "half": 0.70,
-    "share": 0.50,
-    "together": 0.60,
-    "change": 0.50,
-    "distract": 0.55,
+    "each": 0.10,
+    "change": 0.20,
+    "distract": 0.70,
+    "times": 0.80,
+    "share": 0.85,
+    "together": 0.85,
+    "fewer": 0.90,
+    "half": 0.90,
 }
 
 
@@ -114,7 +144,14 @@ def bags(s: Story, name: str, other: str, thing: str, change: Callable) -> None:
 
 
 def half(s: Story, name: str, other: str, thing: str, change: Callable) -> None:
-    s.say("{a} gives half of the {t} to {b}.", "{a} sells half of them.", "Half of the {t} get lost.", a=name, b=other, t=thing)
+    s.say(
+        "{a} gives half of the {t} to {b}.",
+        "{a} sells half of them.",
+        "Half of the {t} get lost.",
+        a=name,
+        b=other,
+        t=thing,
+    )
     change("half", "/", 2, "-")
 
 
@@ -162,16 +199,24 @@ def tell(rng: random.Random) -> tuple[str, list[Step]]:
         s.total = s.step("each", n, "*", each, (n, "+", each))
         s.value = n * each
     else:
-        s.total = s.value = s.number(4, 99)
+        s.total = s.value = rng.randint(4, 99)
         s.say("{a} has {n} {t}.", "{a} starts with {n} {t}.", "There are {n} {t} in the {p}. {a} takes them all.",
               a=name, n=s.value, t=thing, p=rng.choice(PLACES))  # fmt: skip
 
-    for event in rng.choices([gain, lose, bags, half, distract], weights=[3, 3, 1.5, 1.5, 2], k=rng.choice([0, 1, 1, 2, 2, 3])):
+    for event in rng.choices(
+        [gain, lose, bags, half, distract], weights=[3, 3, 1.5, 1.5, 2], k=rng.choice([0, 1, 1, 2, 2, 3])
+    ):
         event(s, name, other, thing, change)
 
     ending = rng.choices(["now", "other", "together", "share", "change"], weights=[3, 2, 2, 1, 1])[0]
     if ending == "now":
-        s.say("How many {t} does {a} have now?", "How many {t} are left for {a}?", "How many {t} is that?", a=name, t=thing)
+        s.say(
+            "How many {t} does {a} have now?",
+            "How many {t} are left for {a}?",
+            "How many {t} is that?",
+            a=name,
+            t=thing,
+        )
     elif ending == "share":
         n = rng.randint(2, 9)
         s.say("{a} shares them equally with friends, {n} people in all. How many {t} does each get?",
@@ -187,7 +232,13 @@ def tell(rng: random.Random) -> tuple[str, list[Step]]:
         if ending == "other":
             s.say("How many {t} does {b} have?", "How many is that for {b}?", b=other, t=thing)
         else:
-            s.say("How many {t} do they have together?", "How many {t} do {a} and {b} have in all?", a=name, b=other, t=thing)
+            s.say(
+                "How many {t} do they have together?",
+                "How many {t} do {a} and {b} have in all?",
+                a=name,
+                b=other,
+                t=thing,
+            )
             s.step("together", s.total, "+", theirs, None)
     return " ".join(s.sentences), s.steps
 
@@ -221,7 +272,9 @@ def write_up(lines: list[tuple[int, str, int, int] | None]) -> str:
 def in_bounds(lines: list[tuple[int, str, int, int] | None]) -> bool:
     """Numbers stay in [0, LARGEST] and every division is exact."""
     return all(
-        0 <= x[3] <= LARGEST and 0 < x[0] <= LARGEST and (x[1] != "/" or x[2] > 0 and x[0] % x[2] == 0) for x in lines if x
+        0 <= x[3] <= LARGEST and 0 < x[0] <= LARGEST and (x[1] != "/" or x[2] > 0 and x[0] % x[2] == 0)
+        for x in lines
+        if x
     )
 
 
@@ -263,7 +316,9 @@ def careless_examples(count: int, seed: int) -> list[tuple[str, str]]:
             continue
         for _ in range(20):
             lines = work(steps, mistakes=rng)
-            if any(lines) and in_bounds(lines):  # a solution needs a line, and the student never meets a negative number
+            if any(lines) and in_bounds(
+                lines
+            ):  # a solution needs a line, and the student never meets a negative number
                 examples.append((question, write_up(lines)))
                 break
     return examples
@@ -280,7 +335,9 @@ def make_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokeniz
     """A byte-level BPE in which common words are one token, every digit is its own, and any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s"), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     roles = ["<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
@@ -312,7 +369,7 @@ class Args:
     """problems in train.jsonl"""
     test_size: int = 512
     """problems in test.jsonl, none of whose solutions is in train.jsonl"""
-    steps: int = 2500
+    steps: int = 2000
     """supervised steps of the careless student's pupil"""
     batch_size: int = 128
     """solutions in one step"""
@@ -329,7 +386,9 @@ def accuracy(model, tokenizer, rows: list[dict], temperature: float | None = Non
     """Share of right answers by greedy decoding or, with a temperature, by sampling."""
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": r["question"]}], add_generation_prompt=True, tokenize=False) for r in rows]  # fmt: skip
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0}
+    sampling = (
+        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0}
+    )
     output = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=64, **sampling)
     completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(is_correct(c, r["answer"]) for c, r in zip(completions, rows, strict=True)) / len(rows)
@@ -360,7 +419,8 @@ def train(args: Args, tokenizer: PreTrainedTokenizerFast, test: list[dict]) -> L
         if not order:  # the next pool of fresh examples, in batches of similar length
             pool = careless_examples(args.batch_size * 50, seed=1_000_000 * args.seed + step)
             pool = [
-                (tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}")) for q, a in pool
+                (tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}"))
+                for q, a in pool
             ]
             pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
             order = rng.sample(range(50), 50)
@@ -384,6 +444,7 @@ def train(args: Args, tokenizer: PreTrainedTokenizerFast, test: list[dict]) -> L
 
 def main(args: Args) -> None:
     start = time.time()
+    torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
     data, folder = args.out / "data" / "tiny_math", args.out / "tiny_math"
     make_data(data, args.train_size, args.test_size, args.seed)
     test = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]

@@ -5,12 +5,12 @@ import re
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from utils.errors import stop
 
 disable_progress_bar()
+set_verbosity_error()
 # Fields of a config with which a model rescales its logits after the LM head; the scripts apply the head themselves.
 LOGIT_RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 

@@ -71,7 +71,9 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
             mark = "o" if len(x) < 20 else None
             (line,) = axis.plot(x, [sum(v) / len(v) for v in values], marker=mark, markersize=3, label=f"{label} ({len(curves)} seeds)" if len(curves) > 1 else label)  # fmt: skip
             if len(curves) > 1:
-                axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15, lw=0)
+                axis.fill_between(
+                    x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15, lw=0
+                )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("episodes", fontsize=8)
         axis.tick_params(labelsize=8)

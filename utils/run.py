@@ -19,10 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.errors import stop
+from utils.plot import plot_runs
 
 ArgsType = TypeVar("ArgsType")
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers")
-SHARES = ("noise_rate", "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda", "token_ratio")
+SHARES = (
+    "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
+    "gamma", "gae_lambda", "critic_lambda", "token_ratio",
+)  # fmt: skip
 SHOWN = {
     "eval/accuracy": "accuracy {:.3f}",
     "reward/clean": "clean {:.2f}",
@@ -74,7 +78,9 @@ class Run:
         name = args.run_name or f"{script}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = args.resume or Path("runs") / name
         if args.resume is None and (self.folder / "args.json").exists():
-            stop(f"--run-name {name}: {self.folder} exists; continue it with --resume {self.folder} or choose another name")
+            stop(
+                f"--run-name {name}: {self.folder} exists; continue it with --resume {self.folder} or choose another name"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
         (self.folder / "args.json").write_text(json.dumps({"script": script, **flags}, indent=1))
@@ -99,7 +105,9 @@ class Run:
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=flags, dir=str(self.folder))
+            self.wandb = wandb.init(
+                project=args.wandb_project, name=self.folder.name, config=flags, dir=str(self.folder)
+            )
         self.progress.start()
 
     def request_stop(self, number: int, _frame: Any) -> None:
@@ -154,12 +162,16 @@ class Run:
             view.add_row(*(Text(str(value)) for value in row.values()))
         self.print(view)
 
-    def column(self, key: str) -> list[float]:
-        """All logged values of a metric, in order."""
-        return [float(row[key]) for row in self.rows if key in row]
-
     def print(self, message: Any) -> None:
         self.console.print(message)
+
+    def finish(self) -> None:
+        """Draw the run's curves and print the line to remember."""
+        self.close()
+        accuracy = [float(row["eval/accuracy"]) for row in self.rows if "eval/accuracy" in row]
+        self.print(f"curves: {plot_runs([self.folder], self.folder / 'curves.png')}")
+        start, last, peak = accuracy[0], accuracy[-1], max(accuracy)
+        self.print(f"clean held-out accuracy: start {start:.3f}, last {last:.3f}, peak {peak:.3f}")
 
     def close(self) -> None:
         self.progress.stop()

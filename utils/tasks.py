@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from datasets.utils.logging import disable_progress_bar
 
 from utils.answers import extract, is_correct, to_number
@@ -75,9 +76,11 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> Dataset:
         if not files:
             found = sorted(str(f.relative_to(name)) for f in Path(name).rglob("*") if f.suffix in FORMATS)
             hint = "slices such as train[:90%] and train[90%:] divide one file"
-            stop(f"{flag} {split}: no {stem}.jsonl, .json, .csv or .parquet in {folder} (found: {', '.join(found)}; {hint})")
+            stop(
+                f"{flag} {split}: no {stem}.jsonl, .json, .csv or .parquet in {folder} (found: {', '.join(found)}; {hint})"
+            )
         return load_dataset(FORMATS[files[0].suffix], data_files={stem: str(files[0])}, split=split)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         stop(f"--dataset {name}, {flag} {split}: could not be loaded ({first_line(error)})")
 
 
@@ -90,34 +93,28 @@ def pick_column(rows: Dataset, wanted: str | None, guesses: tuple[str, ...], fla
     stop(f"{flag}: {problem}; the data set has the columns {', '.join(rows.column_names)}")
 
 
-def load_math(
-    chat: Chat,
-    dataset: str,
-    config: str | None,
-    train_split: str,
-    test_split: str,
-    question_column: str | None,
-    answer_column: str | None,
-    prompt_template: str,
-    max_prompt_tokens: int,
-) -> MathTask:
-    """Load both splits, build the prompts, drop what is too long and what of train is in test."""
-    if "{question}" not in prompt_template:
-        stop(f"--prompt-template {prompt_template!r}: it must contain {{question}}")
-    splits, dropped = {}, {}
-    for split, flag in ((test_split, "--test-split"), (train_split, "--train-split")):
-        rows = load_rows(dataset, config, split, flag)
-        questions = rows[pick_column(rows, question_column, QUESTION_COLUMNS, "--question-column")]
-        answers = rows[pick_column(rows, answer_column, ANSWER_COLUMNS, "--answer-column")]
-        known = {p.key for p in splits.get("test", [])}
-        name = "train" if flag == "--train-split" else "test"
+def load_task(args, chat: Chat) -> MathTask:
+    """Load both splits as the flags under "the task" say, build the prompts, drop what is too long and what of train is in
+    test. Stops with one sentence where something does not fit."""
+    if "{question}" not in args.prompt_template:
+        stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
+    splits: dict[str, list[Problem]] = {"test": [], "train": []}
+    dropped: dict[str, int] = {}
+    for name, split in (("test", args.test_split), ("train", args.train_split)):
+        rows = load_rows(args.dataset, args.dataset_config, split, f"--{name}-split")
+        questions = rows[pick_column(rows, args.question_column, QUESTION_COLUMNS, "--question-column")]
+        answers = rows[pick_column(rows, args.answer_column, ANSWER_COLUMNS, "--answer-column")]
         problems = [
-            Problem(str(q), str(a), chat.prompt_ids(prompt_template.replace("{question}", str(q))))
+            Problem(str(q), str(a), chat.prompt_ids(args.prompt_template.replace("{question}", str(q))))
             for q, a in zip(questions, answers, strict=True)
         ]
-        short = [p for p in problems if len(p.prompt_ids) <= max_prompt_tokens]
-        splits[name] = [p for p in short if p.key not in known]
-        dropped |= {f"{name}: prompt too long": len(problems) - len(short), f"{name}: also in test": len(short) - len(splits[name])}
+        short = [p for p in problems if len(p.prompt_ids) <= args.max_prompt_tokens]
+        held_out = {p.key for p in splits["test"]}
+        splits[name] = [p for p in short if p.key not in held_out]
+        counts = {"with too long a prompt": len(problems) - len(short), "also in test": len(short) - len(splits[name])}
+        dropped |= {f"{name} problems {reason}": n for reason, n in counts.items() if n}
         if not splits[name]:
-            stop(f"{flag} {split}: no problem is left of {len(problems)} ({dropped}); see --max-prompt-tokens")
-    return MathTask(splits["train"], splits["test"], {reason: n for reason, n in dropped.items() if n})
+            stop(
+                f"--{name}-split {split}: no problem is left of {len(problems)} (dropped: {dropped}); see --max-prompt-tokens"
+            )
+    return MathTask(splits["train"], splits["test"], dropped)

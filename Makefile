@@ -1,0 +1,28 @@
+# make demo: set up and run VRPO on the embedded default;  make test: set up and run the tests
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEMO_FLAGS := --beta 0.01 --token-ratio 0.8
+
+.PHONY: demo test check format model
+
+demo: $(VENV)/installed
+	$(PYTHON) vrpo_math.py $(DEMO_FLAGS)
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+model: $(VENV)/installed
+	$(PYTHON) -m utils.make_tiny_math
+
+$(VENV)/installed: requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@

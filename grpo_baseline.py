@@ -1,0 +1,615 @@
+"""GRPO for language models under noisy rewards: PPO without the critic, the group of answers being the baseline.
+
+Differs from ppo_baseline.py in:
+ 1. There is no critic: no values, no GAE, no value loss. An episode's advantage is its score relative to the other answers to
+    the same prompt (Shao et al. 2024, arXiv 2402.03300), the same for all its tokens.
+ 2. `--advantage` has the relatives too: dr_grpo (no division by the group's deviation, arXiv 2503.20783), rloo (leave one
+    out, arXiv 2402.14740), reinforce_pp (normalised over the batch, arXiv 2501.03262).
+ 3. `--loss-norm` says how tokens are averaged: over the minibatch, within each episode first, or by a constant.
+ 4. With known error rates, `--assumed-false-negative-rate` and `--assumed-false-positive-rate` undo their bias
+    (arXiv 2510.00915); division by the deviation cancels the correction, so it goes with dr_grpo.
+
+Where to look next: `diff ppo_baseline.py vrpo_math.py` shows what VRPO adds to the critic, `diff ppo_baseline.py
+grpo_baseline.py` what is left when the critic goes.
+
+Choices that papers leave open (the README has the list): dropout is off throughout, so that the first ratio is one; the
+answer's EOS is a token like any other and carries the reward; every random draw is keyed by seed, purpose and update, so that
+runs of different methods see the same prompts and the same noise, and a resumed run needs no generator state.
+
+    python grpo_baseline.py                                  # embedded model and data, 20 % of the rewards flipped
+    python grpo_baseline.py --advantage dr_grpo --loss-norm constant
+    python grpo_baseline.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
+        --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --micro-batch-size 8
+"""
+
+import copy
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.errors import stop
+from utils.keyed import coin, permutation, seed_torch
+from utils.models import load_policy, pick_device
+from utils.run import Run, check_ranges, parse_args, peak_memory_gb, write_atomically
+from utils.tasks import load_task
+
+# ==== 1. Args =========================================================================================================
+
+
+@dataclass
+class Args:
+    # --- the run ---
+    seed: int = 1
+    """seed of everything random: data order, sampling, noise, minibatches"""
+    run_name: str | None = None
+    """the run is written to runs/<run-name>; default: script, noise, seed and time"""
+    resume: Path | None = None
+    """run directory to continue from its newest checkpoint; its flags are the defaults"""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward passes (autocast); weights and optimizer stay in float32"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "vrpo"
+    """project name on Weights & Biases"""
+    # --- the task ---
+    model: str = "assets/tiny_math"
+    """policy at the start and frozen reference: a Hugging Face folder or hub id"""
+    dataset: str = "assets/data/tiny_math"
+    """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
+    dataset_config: str | None = None
+    """configuration of the data set (a subfolder of a local one)"""
+    train_split: str = "train"
+    """split to train on; a slice such as train[:90%] is allowed"""
+    test_split: str = "test"
+    """held-out split; training problems that stand in it too are dropped"""
+    question_column: str | None = None
+    """column of the question; default: the first of question, problem, prompt, ..."""
+    answer_column: str | None = None
+    """column of the reference, bare or ending in `#### n` or a box; default: the first of answer, solution, ..."""
+    prompt_template: str = "{question}"
+    """the user message around the question"""
+    max_prompt_tokens: int = 128
+    """problems with longer prompts are counted and dropped"""
+    # --- rollout ---
+    updates: int = 60
+    """updates, each of prompts-per-update x samples-per-prompt episodes"""
+    prompts_per_update: int = 64
+    """different prompts in an update"""
+    samples_per_prompt: int = 4
+    """episodes for each of them (a group, for the methods and noise channels that have groups)"""
+    max_turns: int = 1
+    """answers in an episode; before every further one the user asks to check the work; the last one is graded"""
+    max_new_tokens: int = 48
+    """tokens of one answer, EOS included"""
+    temperature: float = 1.0
+    """sampling temperature; the log-probabilities are those of the tempered distribution"""
+    truncated: Literal["wrong", "grade", "mask"] = "wrong"
+    """an answer without EOS is wrong (0), is graded as it stands, or is graded and left out of every loss"""
+    rollout_batch_size: int = 256
+    """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
+    # --- reward noise ---
+    noise: Literal[
+        "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote"
+    ] = "symmetric"  # fmt: skip
+    """channel between the clean reward and the one the optimiser sees"""
+    noise_rate: float = 0.2
+    """probability of an error: symmetric, persistent, group, length"""
+    false_negative_rate: float = 0.2
+    """P(0 | right): asymmetric"""
+    false_positive_rate: float = 0.2
+    """P(1 | wrong): asymmetric"""
+    noise_sigma: float = 0.5
+    """standard deviation: gaussian"""
+    vote_samples: int = 8
+    """answers of the initial policy whose majority becomes the label: majority-vote"""
+    # --- optimisation ---
+    epochs: int = 2
+    """passes over the episodes of an update"""
+    minibatch_size: int = 64
+    """episodes in one optimizer step"""
+    micro_batch_size: int = 32
+    """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
+    learning_rate: float = 1e-4
+    """AdamW learning rate of the policy"""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """linear: every learning rate falls to zero over the run"""
+    max_grad_norm: float = 1.0
+    """norm at which each group of parameters is clipped by itself"""
+    clip_range: float = 0.2
+    """epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    kl_coef: float = 0.0
+    """weight of the KL divergence to the reference"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
+    # --- evaluation and checkpoints ---
+    eval_every: int = 10
+    """updates between greedy evaluations on clean held-out problems (also at the start and the end)"""
+    eval_size: int = 512
+    """held-out problems, the first of the test split"""
+    save_every: int = 10
+    """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
+    # --- GRPO ---
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    """how a score becomes an advantage; all but reinforce_pp compare within the group"""
+    loss_norm: Literal["token", "sequence", "constant"] = "token"
+    """tokens count alike; episodes count alike; or the sum is divided by episodes x max-new-tokens"""
+    assumed_false_negative_rate: float = 0.0
+    """noise correction: the P(0 | right) that is undone"""
+    assumed_false_positive_rate: float = 0.0
+    """noise correction: the P(1 | wrong) that is undone"""
+
+
+# ==== 2. Task and noisy reward ========================================================================================
+
+
+def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
+    """The observed rewards of a batch: every clean reward (0 or 1) through the channel `--noise`.
+
+    `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
+    `persistent` errs on the same prompts in every update and `group` on whole prompts of this update.
+    """
+    long = sorted(lengths)[-max(1, len(lengths) // 4)]  # the longest quarter begins here
+    observed = []
+    for i, (reward, key, length) in enumerate(zip(clean, keys, lengths, strict=True)):
+        flip_rate = {
+            "symmetric": args.noise_rate,
+            "asymmetric": args.false_negative_rate if reward > 0.5 else args.false_positive_rate,
+            "persistent": args.noise_rate,
+            "group": args.noise_rate,
+            "length": args.noise_rate if reward < 0.5 and length >= long else 0.0,
+            "random": 0.5,  # whatever the answer, the observed reward is a fair coin
+        }.get(args.noise, 0.0)
+        scope = {"persistent": (key,), "group": (key, update)}.get(args.noise, (key, update, i))
+        draw = coin(args.seed, args.noise, *scope)
+        if args.noise == "gaussian":
+            reward += args.noise_sigma * NormalDist().inv_cdf(draw)
+        observed.append(1.0 - reward if draw < flip_rate else reward)
+    return observed
+
+
+def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
+    """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
+    right, says_right = clean > 0.5, observed > 0.5
+    youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
+    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
+
+
+def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
+    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` samples of the initial policy."""
+    file = run.folder / "pseudo_labels.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    problems = list({p.key: p for p in problems}.values())
+    seed_torch(args.seed, "votes")
+    votes: dict[str, Counter] = {p.key: Counter() for p in problems}
+    for episode in rollout(policy, chat, task, problems * args.vote_samples, args, args.temperature):
+        votes[episode.problem.key][task.final_answer(episode.completions[-1])] += 1
+    labels = {key: count.most_common(1)[0][0] for key, count in votes.items()}
+    accuracy = sum(task.grade(f"#### {labels[p.key]}", p.answer) for p in problems) / len(problems)
+    run.print(f"majority vote of {args.vote_samples} samples on {len(problems)} prompts: label accuracy {accuracy:.3f}")
+    write_atomically(file, json.dumps(labels))
+    return labels
+
+
+# ==== 3. Masked-tensor helpers ========================================================================================
+#
+#   tokens    P  P  P  a  b  E  .  .      P prompt, a b answer, E EOS, . padding: rows are padded on the right
+#   inputs    P  P  P  a  b  E  .         = tokens[:-1]: position t is the state in which token t + 1 is chosen
+#   targets   P  P  a  b  E  .  .         = tokens[1:]: the token chosen there
+#   mask      0  0  1  1  1  0  0         1 where the policy chose the target; user turns and padding are 0
+#   rewards   0  0  0  0  r  0  0         on the last token of the turn
+#
+# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the grid of `targets`, (B, T).
+
+
+def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Episodes as `inputs`, `targets` (B, T) int64 and `mask` (B, T) bool; T is the longest episode minus one."""
+    width = max(len(e.tokens) for e in episodes)
+    tokens = torch.tensor([e.tokens + [pad_id] * (width - len(e.tokens)) for e in episodes], device=device)
+    chosen = torch.tensor([e.chosen + [False] * (width - len(e.chosen)) for e in episodes], device=device)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": chosen[:, 1:]}
+
+
+def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
+    width = int(batch["mask"][rows].any(0).nonzero().max().item()) + 1 if batch["mask"][rows].any() else 1
+    return {key: value[rows, :width] for key, value in batch.items()}
+
+
+def by_length(mask: Tensor) -> Tensor:
+    """Row indices (B,) from the shortest row to the longest: consecutive ones need little padding."""
+    return mask.cumsum(1).argmax(1).argsort(stable=True)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the masked tokens; what stands elsewhere, NaN included, has no part in it."""
+    return x[mask].mean()
+
+
+# GRPO: three ways to average
+def token_weights(mask: Tensor, loss_norm: str, max_tokens: int) -> Tensor:
+    """Weights (B, T) of the minibatch's tokens, so that it may be split into micro-batches at will. They sum to one, or with
+    `constant` to the share of the B x max_tokens slots that is filled (Dr.GRPO)."""
+    match loss_norm:
+        case "token":
+            return mask / mask.sum().clamp(min=1)
+        case "sequence":
+            return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.any(1).sum().clamp(min=1)
+        case "constant":
+            return mask / (len(mask) * max_tokens)
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """sum of weights * x over the tokens of nonzero weight: a mean over the minibatch, summed micro-batch by micro-batch."""
+    return torch.where(weights > 0, weights * x, 0.0).sum()
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean zero and variance one over the masked tokens, zero elsewhere."""
+    return torch.where(mask, (x - x[mask].mean()) / (x[mask].std() + 1e-8), 0.0)
+
+
+def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (B, K) of the last K turns of each episode, the last turn's in the last column, as rewards (B, T) on the last
+    tokens of those turns. The policy chose the EOS that ends a turn, so EOS carries the score; a truncated turn carries it on
+    its last token."""
+    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    ends = mask & ~following
+    turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
+    scored = ends & (turns_to_go < scores.shape[1])
+    return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
+
+
+# ==== 4. Models: policy, frozen reference, critic =====================================================================
+
+
+def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on the right and attention is
+    causal, so no attention mask is needed, and the LM head is never applied to a prompt."""
+    return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+
+
+def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D)."""
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+# GRPO: no critic
+def make_optimizer(policy, args: Args) -> torch.optim.Optimizer:
+    """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
+    groups = [{"name": "policy", "params": list(policy.parameters()), "lr": args.learning_rate}]
+    for group in groups:
+        group["start_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+# ==== 5. Rollout ======================================================================================================
+
+
+@dataclass
+class Episode:
+    """One conversation: its tokens, which of them the policy chose, its answers, and whether the last one ended with EOS."""
+
+    problem: object
+    tokens: list[int]
+    chosen: list[bool]
+    completions: list[str]
+    finished: bool = False
+
+
+@torch.no_grad()
+def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
+    """The policy's continuation of every prompt, up to and including the first EOS; temperature 0 is greedy."""
+    width, device = max(map(len, prompts)), policy.device
+    tokens = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    output = policy.generate(
+        input_ids=tokens, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+        temperature=temperature or 1.0, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids, pad_token_id=chat.pad_id,
+    )[:, width:]  # fmt: skip
+    is_eos = torch.isin(output, torch.tensor(chat.eos_ids, device=device))
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, output.shape[1])  # what follows EOS is padding
+    return [row[:n] for row, n in zip(output.tolist(), lengths.tolist(), strict=True)]
+
+
+def rollout(policy, chat, task, problems: list, args: Args, temperature: float) -> list[Episode]:
+    """Play one episode for every problem: the policy answers, the user replies or is content, for up to --max-turns turns.
+    An answer that was cut off ends its episode, since the user would have to speak in the middle of it."""
+    episodes = [Episode(p, list(p.prompt_ids), [False] * len(p.prompt_ids), []) for p in problems]
+    live = episodes
+    for turn in range(args.max_turns):
+        for start in range(0, len(live), args.rollout_batch_size):
+            some = live[start : start + args.rollout_batch_size]
+            answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
+            for episode, answer in zip(some, answers, strict=True):
+                episode.tokens += answer
+                episode.chosen += [True] * len(answer)
+                episode.completions.append(chat.decode(answer))
+                episode.finished = answer[-1] in chat.eos_ids
+        if turn + 1 < args.max_turns:
+            replies = [(e, task.reply(e.problem, e.completions)) for e in live if e.finished]
+            live = [e for e, reply in replies if reply is not None]
+            for episode, reply in replies:
+                if reply is not None:
+                    words = chat.user_turn_ids(reply)
+                    episode.tokens += words
+                    episode.chosen += [False] * len(words)
+    return episodes
+
+
+def grade(task, episode: Episode, answer: str, args: Args) -> float:
+    """The reward of an episode: whether its last answer is right; one cut off is wrong unless --truncated says otherwise."""
+    if not episode.finished and args.truncated == "wrong":
+        return 0.0
+    return task.grade(episode.completions[-1], answer)
+
+
+# GRPO: no values
+@torch.no_grad()
+def score_tokens(policy, reference, batch: dict, args: Args) -> dict[str, Tensor]:
+    """What is fixed before the update, each (B, T): `logprobs` and `entropy` of the policy that sampled,
+    `ref_logprobs`. Rows of similar length go through the models together."""
+    parts = {}
+    for rows in by_length(batch["mask"]).split(args.micro_batch_size):
+        part = take(batch, rows)
+        inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
+        hidden = hidden_states(policy.get_decoder(), inputs, mask)
+        ref_hidden = hidden_states(reference.get_decoder(), inputs, mask)
+        scores = {}
+        scores["logprobs"], scores["entropy"] = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
+        scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, ref_hidden, targets, args.temperature)
+        for key, value in scores.items():
+            grid = parts.setdefault(key, torch.zeros(batch["mask"].shape, device=mask.device))
+            grid[rows, : mask.shape[1]] = spread(value, mask)
+    return parts
+
+
+# ==== 6. Advantages ===================================================================================================
+
+
+# GRPO: in place of GAE
+def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
+    """Advantages (B,) of scores (B,), the rows of a group standing together.
+
+    GRPO: (r - mean) / (std + 1e-4) of the group; dr_grpo: r - mean; rloo: r - mean of the others; reinforce_pp: r, which
+    main() then whitens over the tokens of the batch. But for the last, the advantage of a group of one is 0."""
+    if kind == "reinforce_pp":
+        return scores
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if kind == "grpo" and group_size > 1:
+        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+    if kind == "rloo" and group_size > 1:
+        centred = centred * group_size / (group_size - 1)
+    return centred.flatten()
+
+
+def correct_noise(scores: Tensor, false_negative_rate: float, false_positive_rate: float) -> Tensor:
+    """GRPO under noise: unbiased estimate of the clean reward under known error rates, (r - FP) / (1 - FP - FN) (arXiv 2510.00915)."""
+    return (scores - false_positive_rate) / (1 - false_positive_rate - false_negative_rate)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log pi - log pi_ref of every token, (B, T): what `--kl-in reward` subtracts, times --kl-coef."""
+    return torch.where(mask, logprobs - ref_logprobs, 0.0)
+
+
+# ==== 7. Losses =======================================================================================================
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017); statistics beside it."""
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    stats = {
+        "losses/approx_kl": weighted_sum(ratio - 1 - log_ratio, weights),
+        "losses/clipfrac": weighted_sum(((ratio - 1).abs() > clip_range).float(), weights),
+    }
+    return weighted_sum(loss, weights), stats
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
+    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi (Schulman 2020)."""
+    d = ref_logprobs - logprobs
+    return weighted_sum(d.exp() - 1 - d, weights)
+
+
+# ==== 8. Evaluation ===================================================================================================
+
+
+def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dict]]:
+    """Greedy accuracy on clean held-out problems, and the completions behind it."""
+    episodes = rollout(policy, chat, task, task.test[: args.eval_size], args, temperature=0.0)
+    right = [grade(task, e, e.problem.answer, args) for e in episodes]
+    metrics = {
+        "eval/accuracy": sum(right) / len(right),
+        "eval/response_length": sum(sum(e.chosen) for e in episodes) / len(episodes),
+    }
+    samples = [
+        {"question": e.problem.key, "completion": e.completions[-1], "reference": e.problem.answer, "right": r}
+        for e, r in zip(episodes, right, strict=True)
+    ]
+    return metrics, samples
+
+
+# ==== 9. Main loop ====================================================================================================
+
+
+def main(args: Args) -> None:
+    check_ranges(args)
+    if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
+        stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
+    device = pick_device(args.device)
+    policy, chat = load_policy(args.model, device)
+    task = load_task(args, chat)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    run = Run(args)
+    run.print(f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped {task.dropped}")
+
+    start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
+    if start:
+        policy, _ = load_policy(str(folder), device)
+    optimizer = make_optimizer(policy, args)  # GRPO: no critic
+    if start:
+        optimizer.load_state_dict(state["optimizer"])
+    run.rewind(start)
+    labels = {}
+    if args.noise == "majority-vote":
+        visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
+        labels = majority_vote(reference, chat, task, visited, args, run)
+    if start == 0:
+        with precision:
+            metrics, samples = evaluate(policy, chat, task, args)
+        run.log(0, {"charts/episodes": 0, **metrics})
+        run.samples(0, samples)
+
+    for update in range(start + 1, args.updates + 1):
+        began = time.perf_counter()
+        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
+        for group in optimizer.param_groups:
+            group["lr"] = fraction * group["start_lr"]
+
+        # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
+        problems = task.batch(args.seed, update, args.prompts_per_update)
+        problems = [p for p in problems for _ in range(args.samples_per_prompt)]
+        seed_torch(args.seed, "rollout", update)
+        with precision:
+            episodes = rollout(policy, chat, task, problems, args, args.temperature)
+        batch = pack(episodes, chat.pad_id, device)
+        rolled = time.perf_counter()
+
+        # --- 9.2 observed reward ---
+        lengths = [sum(e.chosen) for e in episodes]
+        clean = [grade(task, e, e.problem.answer, args) for e in episodes]
+        seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
+        observed = observe(args, seen, [p.key for p in problems], lengths, update)
+        clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
+        finished = torch.tensor([e.finished for e in episodes], device=device)
+        # GRPO: known error rates, if any, are undone
+        corrected = correct_noise(observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate)
+        rewards = place_rewards(corrected.unsqueeze(1), batch["mask"])
+
+        # --- 9.3 advantages ---
+        if args.truncated == "mask":
+            batch["mask"] = batch["mask"] & finished.unsqueeze(1)
+        mask = batch["mask"]
+        if not mask.any():
+            stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
+        with precision:
+            batch |= score_tokens(policy, reference, batch, args)  # GRPO: no values
+        kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
+        if args.kl_in == "reward":
+            rewards = rewards - args.kl_coef * kl
+        # GRPO: one score an episode, one advantage for all its tokens
+        scores = rewards.sum(1)
+        groups = scores.view(-1, args.samples_per_prompt)
+        batch["advantages"] = group_advantages(scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
+        if args.advantage == "reinforce_pp":
+            batch["advantages"] = whiten(batch["advantages"], mask)
+        scored = time.perf_counter()
+
+        # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
+        history = []
+        most_tokens = args.max_turns * args.max_new_tokens  # GRPO: what --loss-norm constant divides by
+        orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
+        for rows in [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]:
+            minibatch = take(batch, rows)
+            # GRPO: --loss-norm
+            minibatch["weights"] = token_weights(minibatch["mask"], args.loss_norm, most_tokens)
+            stats: dict[str, Tensor] = {}
+            optimizer.zero_grad()
+            for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
+                part = take(minibatch, micro)
+                mask, weights = part["mask"], part["weights"]
+                with precision:
+                    hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
+                    targets = part["targets"][mask]
+                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
+                logprobs, entropy = (spread(x, mask) for x in (logprobs, entropy))  # GRPO: no values
+                losses = {}
+                losses["losses/policy"], micro_stats = policy_loss(
+                    logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
+                )
+                # GRPO: no value loss
+                loss = losses["losses/policy"] - args.entropy_coef * weighted_sum(entropy, weights)
+                if args.kl_in == "loss" and args.kl_coef > 0:
+                    loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
+                loss.backward()
+                for key, value in {**losses, **micro_stats, "losses/total": loss}.items():
+                    stats[key] = stats.get(key, 0.0) + value.detach()
+            for group in optimizer.param_groups:
+                stats[f"losses/grad_norm_{group['name']}"] = nn.utils.clip_grad_norm_(
+                    group["params"], args.max_grad_norm
+                )
+            if not torch.stack(list(stats.values())).isfinite().all():
+                run.close()
+                numbers = {key: value.item() for key, value in stats.items()}
+                stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
+            optimizer.step()
+            history.append(stats)
+        mean = {key: torch.stack([stats[key] for stats in history]).mean().item() for key in stats}
+        updated = time.perf_counter()
+
+        # --- 9.5 log: losses are means over all minibatches of the update ---
+        mask = batch["mask"]
+        metrics = {
+            "charts/episodes": update * len(episodes),
+            "charts/tokens_per_second": sum(lengths) / (updated - began),
+            "charts/response_length": sum(lengths) / len(lengths),
+            "charts/eos_rate": finished.float().mean().item(),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/peak_memory_gb": peak_memory_gb(device),
+            "time/rollout": rolled - began,
+            "time/score": scored - rolled,
+            "time/update": updated - scored,
+            "reward/observed": observed.mean().item(),
+            "reward/clean": clean.mean().item(),
+            **channel_metrics(clean, observed),
+            "reward/total": rewards.sum(1).mean().item(),
+            "objective/kl_ref": kl.sum(1).mean().item(),
+            "objective/entropy": masked_mean(batch["entropy"], mask).item(),
+            **mean,
+            # GRPO: what there is of a baseline to look at
+            "grpo/zero_variance_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
+        }
+
+        # --- 9.6 evaluate and checkpoint ---
+        last = update == args.updates
+        if update % args.eval_every == 0 or last:
+            with precision:
+                eval_metrics, samples = evaluate(policy, chat, task, args)
+            metrics |= eval_metrics
+            run.samples(update, samples)
+        run.log(update, metrics)
+        if update % args.save_every == 0 or last or run.interrupt:
+            state = {"optimizer": optimizer.state_dict()}  # GRPO: no critic
+            save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
+        run.leave_if_asked(update)
+
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, __doc__))

@@ -1,0 +1,120 @@
+"""Shared fixtures: a random tiny model with the embedded tokenizer, a small data set, and ways to run a script."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math")
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_math")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """A random Llama of 30 k parameters in Hugging Face format."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """40 training and 8 test problems of the embedded data."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, size in (("train", 40), ("test", 8)):
+        lines = (ROOT / "assets" / "data" / "tiny_math" / f"{split}.jsonl").read_text().splitlines()[:size]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def small_flags(tiny_model, tiny_data) -> dict:
+    """Flags of a run of two updates that takes a second."""
+    return {
+        "model": str(tiny_model), "dataset": str(tiny_data), "updates": 2, "prompts_per_update": 4, "samples_per_prompt": 2,
+        "minibatch_size": 4, "micro_batch_size": 2, "max_new_tokens": 8, "eval_size": 4, "eval_every": 1, "save_every": 1,
+        "device": "cpu",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path, small_flags):
+    """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns the run's folder."""
+
+    def run(name: str, **flags) -> Path:
+        module = importlib.import_module(name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        flags = {**small_flags, "run_name": name, **flags}
+        module.main(module.Args(**flags))
+        return tmp_path / "runs" / flags["run_name"]
+
+    return run
+
+
+@pytest.fixture
+def command(small_flags):
+    """command(name, **flags): the command line of a script."""
+
+    def line(name: str, **flags) -> list[str]:
+        words = [sys.executable, str(ROOT / f"{name}.py")]
+        for key, value in {**small_flags, **flags}.items():
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        return words
+
+    return line
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """shell(words): run a command in a temporary folder, capturing its output."""
+
+    def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | environment,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    return run
+
+
+def read_metrics(folder: Path) -> str:
+    """metrics.csv without the columns that measure the machine."""
+    import pandas as pd
+
+    frame = pd.read_csv(folder / "metrics.csv", dtype=str)
+    machine = [
+        c for c in frame.columns if c.startswith("time/") or c in ("charts/tokens_per_second", "charts/peak_memory_gb")
+    ]
+    return frame.drop(columns=machine).to_csv(index=False)
+
+
+def read_samples(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

@@ -1,0 +1,88 @@
+"""The embedded data and model, and their maker."""
+
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils import make_tiny_math as maker
+from utils.answers import is_correct
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "assets" / "data" / "tiny_math"
+
+
+def rows(split: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_data():
+    train, test = rows("train"), rows("test")
+    assert len(train) >= 2000 and len(test) >= 512
+    assert not {r["question"] for r in train} & {r["question"] for r in test}
+    assert not {r["answer"] for r in train} & {r["answer"] for r in test}  # not even a solution is shared
+    steps = [r["answer"].count("\n") for r in train]
+    assert set(steps) == {1, 2, 3, 4}
+    for row in [*train, *test]:
+        lines = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)\n", row["answer"])
+        assert row["answer"].endswith(f"#### {lines[-1][3]}")
+        assert all(
+            maker.calculate(int(a), op, int(b)) == int(c) and not (op == "/" and int(a) % int(b))
+            for a, op, b, c in lines
+        )
+
+
+def test_solutions_follow_from_hand_checked_steps():
+    steps = [maker.Step("each", 3, "*", 4, (3, "+", 4)), maker.Step("half", "#0", "/", 2, ("#0", "-", 2)),
+             maker.Step("together", "#0", "+", "#1", None)]  # fmt: skip
+    assert maker.write_up(maker.work(steps)) == "3*4=12\n12/2=6\n12+6=18\n#### 18"
+    always = type("", (), {"random": lambda self: 0.0})()
+    assert maker.write_up(maker.work(steps, always)) == "3+4=7\n7-2=5\n#### 5"
+
+
+def test_the_careless_student_never_sees_a_test_problem():
+    test = {r["answer"] for r in rows("test")}
+    rng = random.Random(0)
+    problems = [maker.make_problem(rng) for _ in range(3000)]
+    solutions = [maker.write_up(maker.work(steps)) for _, steps in problems]
+    assert all(maker.is_test(s) for s in test) and any(maker.is_test(s) for s in solutions)
+    questions = {q for q, _ in maker.careless_examples(2000, seed=3)}
+    assert not questions & {r["question"] for r in rows("test")}
+
+
+def test_model_size_and_accuracy():
+    folder = ROOT / "assets" / "tiny_math"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert 1e6 <= model.num_parameters() <= 3e6
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
+    assert tokenizer.is_fast and tokenizer.chat_template
+    assert 0.30 <= maker.accuracy(model, tokenizer, rows("test")) <= 0.50
+    for text in ("Zażółć 12 + 3 = 15?\n", "#### -7"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_maker_is_deterministic(tmp_path):
+    digests = []
+    for name in ("a", "b"):
+        maker.main(
+            maker.Args(
+                out=tmp_path / name, train_size=50, test_size=10, steps=3, batch_size=8, hidden_size=32, layers=1
+            )
+        )
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
+        assert (tmp_path / name / "tiny_math" / "config.json").exists()
+    assert digests[0] == digests[1]
+    torch.set_num_threads(2)
+
+
+def test_committed_data_is_what_the_maker_writes(tmp_path):
+    args = maker.Args()
+    maker.make_data(tmp_path, args.train_size, args.test_size, args.seed)
+    for split in ("train", "test"):
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (DATA / f"{split}.jsonl").read_bytes()
+    assert is_correct(rows("test")[0]["answer"], rows("test")[0]["answer"])

@@ -1,0 +1,233 @@
+"""Whole runs of every script: two updates, resume after kill -9, signals, NaN, bad input, multi-turn, W&B, plots."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.conftest import ROOT, SCRIPTS, read_metrics, read_samples
+
+VRPO_KEYS = {"vrpo/ib_kl", "vrpo/latent_std", "vrpo/entropy_aux", "vrpo/perplexity_aux", "vrpo/active_tokens"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_updates(name, run_main):
+    folder = run_main(name)
+    frame = pd.read_csv(folder / "metrics.csv")
+    assert frame["update"].tolist() == [0, 1, 2] and frame["charts/episodes"].tolist() == [0, 8, 16]
+    assert frame["eval/accuracy"].notna().all() and frame["losses/policy"][1:].notna().all()
+    assert {"update", "question", "completion", "reference", "right"} == set(read_samples(folder)[0])
+    assert len(read_samples(folder)) == 12
+    assert (folder / "curves.png").stat().st_size > 5000
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = folder / "checkpoints" / "000002" / "policy"
+    start = AutoModelForCausalLM.from_pretrained(json.loads((folder / "args.json").read_text())["model"])
+    trained = AutoModelForCausalLM.from_pretrained(policy)  # plain transformers loads it
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(policy).chat_template
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, shell, tmp_path):
+    """A run killed in mid-update and resumed equals the uninterrupted one, byte for byte apart from timing columns."""
+    flags = {
+        "updates": 6,
+        "save_every": 2,
+        "eval_every": 2,
+        "max_new_tokens": 12,
+        "lr_schedule": "linear",
+        "kl_coef": 0.01,
+    }
+    whole = run_main(name, run_name="whole", **flags)
+    killed = tmp_path / "runs" / "killed"
+    process = subprocess.Popen(command(name, run_name="killed", **flags), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    limit = time.time() + 90
+    while time.time() < limit and not (killed / "checkpoints" / "000004").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    with (killed / "samples.jsonl").open("a") as file:
+        file.write('{"update": 6, "torn')  # a line that was being written
+    (killed / "checkpoints" / "tmp-000006").mkdir()  # and a checkpoint
+    done = shell([sys.executable, str(ROOT / f"{name}.py"), "--resume", str(killed)])
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(killed) == read_metrics(whole)
+    assert read_samples(killed) == read_samples(whole)
+
+
+def test_resume_before_the_first_checkpoint_starts_over(run_main, tmp_path):
+    whole = run_main("grpo_baseline")
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "runs" / "young")
+    shutil.rmtree(tmp_path / "runs" / "young" / "checkpoints")
+    again = run_main("grpo_baseline", resume=tmp_path / "runs" / "young")
+    assert read_metrics(tmp_path / "runs" / "young") == read_metrics(whole) and again
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys):
+    folder = run_main("ppo_baseline", updates=3)
+    before = read_metrics(folder)
+    newest, older = folder / "checkpoints" / "000003", folder / "checkpoints" / "000002"
+    weights = newest / "policy" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    run_main("ppo_baseline", updates=3, resume=folder)
+    assert "is damaged" in capsys.readouterr().out
+    assert read_metrics(folder) == before
+    for checkpoint in (newest, older):
+        (checkpoint / "state.pt").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="no undamaged checkpoint"):
+        run_main("ppo_baseline", updates=3, resume=folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_finish_the_update_save_and_leave(number, command, shell, tmp_path):
+    words = command("grpo_baseline", run_name="stopped", updates=100000, save_every=100000, eval_every=100000)
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "stopped" / "metrics.csv"
+    limit = time.time() + 90
+    while time.time() < limit and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    last = pd.read_csv(metrics)["update"].max()
+    assert f"stopped after update {last}, saved; continue with --resume" in " ".join(output.split())
+    assert (metrics.parent / "checkpoints" / f"{last:06d}" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_nan_stops_the_run_before_the_weights_are_touched(name, run_main, script, monkeypatch):
+    import importlib
+
+    module = importlib.import_module(name)
+    original, seen = module.policy_loss, {}
+
+    def poisoned(logprobs, *rest):
+        loss, stats = original(logprobs, *rest)
+        return loss * float("nan"), stats
+
+    def remember(*args):
+        optimizer = make_optimizer(*args)
+        seen["params"] = [p for g in optimizer.param_groups for p in g["params"]]
+        seen["before"] = [p.detach().clone() for p in seen["params"]]
+        return optimizer
+
+    make_optimizer = module.make_optimizer
+    monkeypatch.setattr(module, "policy_loss", poisoned)
+    monkeypatch.setattr(module, "make_optimizer", remember)
+    with pytest.raises(SystemExit, match="update 1: .*nan.* is not finite; the weights were not touched"):
+        run_main(name)
+    # the critic's bias is set to the first mean return; everything else is as it was
+    changed = [p.shape for a, p in zip(seen["before"], seen["params"], strict=True) if not torch.equal(a, p)]
+    assert all(shape == (1,) for shape in changed)
+
+
+def test_bad_flags_name_themselves(run_main):
+    for flags, message in (
+        ({"noise_rate": 1.5}, r"--noise-rate 1.5: must be in \[0, 1\]"),
+        ({"updates": 0}, "--updates 0: must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: must be at least 0"),
+        ({"temperature": 0.0}, "--temperature 0: must be above 0"),
+        ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
+        ({"dataset": "./nowhere"}, "--dataset ./nowhere: no such file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_main("vrpo_math", **flags)
+    with pytest.raises(SystemExit, match="--assumed-false-negative-rate"):
+        run_main("grpo_baseline", assumed_false_negative_rate=0.5, assumed_false_positive_rate=0.5)
+
+
+def test_bad_command_lines_end_with_one_sentence(shell, tmp_path):
+    done = shell([sys.executable, str(ROOT / "vrpo_math.py"), "--resume", "runs/nothing"])
+    assert done.returncode == 1 and done.stderr.strip().startswith(
+        "error: --resume runs/nothing: no readable args.json"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_name_is_not_reused(run_main):
+    run_main("grpo_baseline", updates=1)
+    with pytest.raises(SystemExit, match="--run-name grpo_baseline: .* exists; continue it with --resume"):
+        run_main("grpo_baseline", updates=1)
+
+
+def test_help_shows_every_flag_with_its_text(shell):
+    import dataclasses
+
+    import vrpo_math
+
+    done = shell([sys.executable, str(ROOT / "vrpo_math.py"), "--help"])
+    assert done.returncode == 0
+    for field in dataclasses.fields(vrpo_math.Args):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_turns(name, run_main):
+    """With --max-turns 2 some episodes have a second answer; everything downstream still works."""
+    folder = run_main(name, max_turns=2, max_new_tokens=24, run_name=f"{name}-turns")
+    frame = pd.read_csv(folder / "metrics.csv")
+    assert frame["losses/policy"][1:].notna().all()
+    assert frame["charts/response_length"][1:].max() > 24  # more tokens than one turn allows
+
+
+@pytest.mark.parametrize("flags", [
+    {"advantage": "dr_grpo", "loss_norm": "constant", "assumed_false_negative_rate": 0.2, "assumed_false_positive_rate": 0.1},
+    {"advantage": "rloo", "loss_norm": "sequence", "kl_coef": 0.1, "kl_in": "loss"},
+    {"advantage": "reinforce_pp", "kl_coef": 0.1, "truncated": "mask"},
+])  # fmt: skip
+def test_grpo_variants_change_the_result(flags, run_main):
+    plain = pd.read_csv(run_main("grpo_baseline", noise_rate=0.5, run_name="plain", truncated="grade") / "metrics.csv")
+    other = pd.read_csv(run_main("grpo_baseline", noise_rate=0.5, run_name="other", **flags) / "metrics.csv")
+    assert plain["losses/grad_norm_policy"].tolist()[2] != other["losses/grad_norm_policy"].tolist()[2]
+
+
+def test_every_number_flag_of_vrpo_matters(run_main):
+    """Changing a coefficient changes what is measured in update 2."""
+    base = {"noise_rate": 0.5, "max_new_tokens": 16, "eval_every": 2, "save_every": 2, "truncated": "grade"}
+    plain = read_metrics(run_main("vrpo_math", run_name="base", **base))
+    assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
+    for i, flags in enumerate((
+        {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
+        {"lambda_ppl": 0.0}, {"lm_head": "learned"}, {"gamma": 0.9}, {"gae_lambda": 0.5}, {"critic_lambda": 0.5},
+        {"critic_learning_rate": 1e-2}, {"head_learning_rate": 1e-2}, {"value_coef": 0.1}, {"value_clip": 0.01},
+        {"entropy_coef": 0.1}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl_in": "loss"}, {"clip_range": 0.001}, {"max_grad_norm": 0.01},
+        {"epochs": 1}, {"minibatch_size": 2}, {"learning_rate": 1e-3}, {"temperature": 0.5}, {"noise_rate": 0.1}, {"seed": 5},
+    )):  # fmt: skip
+        assert read_metrics(run_main("vrpo_math", run_name=f"variant{i}", **{**base, **flags})) != plain, flags
+
+
+def test_majority_vote_and_bfloat16(run_main):
+    folder = run_main("ppo_baseline", noise="majority-vote", vote_samples=2, dtype="bfloat16", run_name="votes")
+    labels = json.loads((folder / "pseudo_labels.json").read_text())
+    frame = pd.read_csv(folder / "metrics.csv")
+    assert len(labels) == 8 and frame["losses/value"][1:].notna().all()
+
+
+def test_wandb_offline(run_main, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = run_main("grpo_baseline", track=True, updates=1)
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_plot_groups_seeds(run_main, shell, tmp_path):
+    runs = [run_main("grpo_baseline", seed=s, run_name=f"s{s}") for s in (1, 2)]
+    from utils.plot import plot_runs, read_run
+
+    picture = plot_runs([*runs, run_main("ppo_baseline")], tmp_path / "all.png")
+    assert picture.stat().st_size > 10000
+    assert read_run(runs[0])[1]["eval/accuracy"].keys() == {0.0, 8.0, 16.0}
+    with pytest.raises(SystemExit, match="not a run directory"):
+        plot_runs([Path("nowhere")], tmp_path / "x.png")

@@ -1,0 +1,250 @@
+"""Behaviour that must not depend on the method, on how a batch is cut, or on padding."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ppo_baseline as ppo
+import vrpo_math as vrpo
+from tests.conftest import SCRIPTS, read_metrics, read_samples
+from utils.models import load_policy
+from utils.tasks import MathTask, Problem
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def policy_and_chat(tiny_model):
+    return load_policy(str(tiny_model), CPU)
+
+
+def problems(chat, count=6):
+    return [Problem(f"p{i}", "1", chat.prompt_ids("Ann has 2 pens. " * (i % 3 + 1))) for i in range(count)]
+
+
+def play(policy, chat, seed=0, **flags):
+    args = ppo.Args(max_new_tokens=10, **flags)
+    ppo.seed_torch(seed)
+    return ppo.rollout(policy, chat, MathTask([], [], {}), problems(chat), args, args.temperature)
+
+
+def test_all_scripts_see_the_same_completions_and_noise_in_update_1(run_main):
+    rows = []
+    for name in SCRIPTS:
+        folder = run_main(name, updates=1, noise="symmetric", noise_rate=0.4, max_new_tokens=16)
+        header, _, first = read_metrics(folder).splitlines()
+        row = dict(zip(header.split(","), first.split(","), strict=True))
+        rows.append({k: row[k] for k in row if k.startswith(("charts/", "reward/")) and k != "reward/total"})
+        rows[-1]["entropy"] = row["objective/entropy"]
+        assert read_samples(folder)[0] == read_samples(Path(folder).parent / SCRIPTS[0])[0]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_vrpo_without_its_parts_is_ppo(run_main):
+    """No bottleneck and no semantic losses: every metric that PPO has comes out the same."""
+    settings = {"updates": 2, "noise_rate": 0.4, "max_new_tokens": 16}
+    a = run_main("ppo_baseline", **settings)
+    b = run_main("vrpo_math", bottleneck_layers=0, lambda_ent=0.0, lambda_ppl=0.0, **settings)
+    import pandas as pd
+
+    left, right = (pd.read_csv(f / "metrics.csv") for f in (a, b))
+    for key in left.columns:
+        if not key.startswith(("time/", "charts/tokens", "charts/peak")):
+            assert left[key].tolist() == pytest.approx(right[key].tolist(), rel=1e-4, abs=1e-6, nan_ok=True), key
+
+
+def gradients(module, policy, chat, minibatch, micro_batch_size):
+    """The gradient of the script's losses over a minibatch, in micro-batches of a given size."""
+    args = module.Args()
+    torch.manual_seed(0)
+    critic = module.Critic(policy, args)
+    torch.nn.init.normal_(critic.head.weight)
+    policy.zero_grad()
+    for rows in ppo.by_length(minibatch["mask"]).split(micro_batch_size):
+        part = ppo.take(minibatch, rows)
+        mask = part["mask"]
+        hidden = ppo.hidden_states(policy.get_decoder(), part["inputs"], mask)
+        logprobs, _ = ppo.logprobs_and_entropy(policy.lm_head, hidden, part["targets"][mask], 1.0)
+        features = critic.features(part["inputs"], mask, hidden)
+        loss, _ = ppo.policy_loss(
+            ppo.spread(logprobs, mask), part["logprobs"], part["advantages"], part["weights"], 0.2
+        )
+        if module is vrpo:
+            _, kl, _ = critic.values(features, samples=1)
+            critic_logprobs, entropy = ppo.logprobs_and_entropy(critic.lm_head, features, part["targets"][mask], 1.0)
+            ent, ppl = vrpo.semantic_losses(
+                ppo.spread(entropy, mask),
+                ppo.spread(critic_logprobs, mask),
+                part["entropy_weights"],
+                part["perplexity_weights"],
+            )
+            loss = loss + ppo.weighted_sum(ppo.spread(kl, mask), part["weights"]) + ent + ppl
+        else:
+            values = ppo.spread(critic.values(features), mask)
+            loss = loss + ppo.value_loss(values, values, part["advantages"], part["weights"], None)
+        loss.backward()
+    parameters = [*policy.parameters(), *(p for p in critic.parameters() if p.requires_grad and p.grad is not None)]
+    return torch.cat([p.grad.flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("module", [ppo, vrpo])
+def test_accumulation_1x8_equals_8x1(module, policy_and_chat):
+    policy, chat = policy_and_chat
+    batch = ppo.pack(play(policy, chat) + play(policy, chat, seed=1)[:2], chat.pad_id, CPU)
+    torch.manual_seed(1)
+    batch["logprobs"], batch["advantages"] = torch.randn(2, *batch["mask"].shape)
+    batch["weights"] = ppo.token_weights(batch["mask"])
+    for key in ("entropy", "perplexity"):
+        batch[f"{key}_weights"] = ppo.token_weights(
+            vrpo.most_uncertain(torch.rand(batch["mask"].shape), batch["mask"], 0.8)
+        )
+    assert len(batch["mask"]) == 8
+    whole, single = (gradients(module, policy, chat, batch, size) for size in (8, 1))
+    assert torch.allclose(whole, single, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(policy_and_chat):
+    policy, chat = policy_and_chat
+    batch = ppo.pack(play(policy, chat), chat.pad_id, CPU)
+    args, critic = ppo.Args(), ppo.Critic(policy, ppo.Args())
+    torch.nn.init.normal_(critic.head.weight)
+    wide = {
+        k: torch.nn.functional.pad(v, (0, 7), value=chat.pad_id if v.dtype == torch.int64 else False)
+        for k, v in batch.items()
+    }
+    narrow, wide = (ppo.score_tokens(policy, policy, critic, b, args) for b in (batch, wide))
+    for key in narrow:
+        assert torch.allclose(narrow[key], wide[key][:, : narrow[key].shape[1]], atol=1e-5), key
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_training_logprobs_are_those_of_sampling(policy_and_chat, temperature):
+    """generate()'s own scores, left-padded and with a KV cache, against our right-padded pass."""
+    policy, chat = policy_and_chat
+    prompts = [p.prompt_ids for p in problems(chat)]
+    width = max(map(len, prompts))
+    output = policy.generate(
+        input_ids=torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=10, eos_token_id=chat.eos_ids,
+        pad_token_id=chat.pad_id, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    sampled = torch.stack(output.scores, 1).log_softmax(-1)
+    new = output.sequences[:, width:]
+    episodes = [
+        SimpleNamespace(tokens=p + row.tolist(), chosen=[False] * len(p) + [True] * len(row))
+        for p, row in zip(prompts, new, strict=True)
+    ]
+    batch = ppo.pack(episodes, chat.pad_id, CPU)
+    scores = ppo.score_tokens(policy, policy, ppo.Critic(policy, ppo.Args()), batch, ppo.Args(temperature=temperature))
+    ours = torch.stack([row[m] for row, m in zip(scores["logprobs"], batch["mask"], strict=True)])
+    theirs = sampled.gather(-1, new.unsqueeze(-1)).squeeze(-1)
+    until_eos = (new == chat.eos_ids[0]).cumsum(1) <= 1
+    difference = (ours - theirs)[until_eos & theirs.isfinite()].abs().max().item()
+    print(f"largest difference of log-probabilities: {difference:.1e}")
+    assert difference < 1e-4
+
+
+def test_sampling_follows_the_policy_with_nothing_inherited(tiny_model, tmp_path, tokenizer):
+    """A model whose own generation config has top-k and a penalty is sampled without them: frequencies match softmax."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.1)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    policy, chat = load_policy(str(tmp_path / "m"), CPU)
+    prompt = chat.prompt_ids("Ann has 2 pens.")
+    torch.manual_seed(0)
+    first = torch.tensor([a[0] for a in ppo.generate(policy, chat, [prompt] * 4000, 1, 1.0)])
+    expected = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    top = expected.argmax()
+    assert (first == top).float().mean().item() == pytest.approx(expected[top].item(), abs=0.03)
+    assert len(first.unique()) > 10
+
+
+def test_generate_stops_at_the_first_eos_even_if_pad_is_eos(policy_and_chat):
+    policy, chat = policy_and_chat
+    chat.pad_id = chat.eos_ids[0]
+    output = torch.tensor([[7, 7, 7, 11, chat.pad_id, chat.pad_id, chat.pad_id], [7, 7, 7, 11, 12, 13, chat.pad_id]])
+    policy.generate = lambda **_: torch.cat([output[:, :3], output[:, 3:]], 1)
+    answers = ppo.generate(policy, chat, [[7, 7, 7]] * 2, 4, 0.0)
+    assert answers == [[11, chat.pad_id], [11, 12, 13, chat.pad_id]]  # EOS once, as a token of the answer
+
+
+def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
+    """Two turns: what is marked as chosen decodes to the answers, the rest to prompt and user turn."""
+    policy, chat = policy_and_chat
+    eos = chat.eos_ids[0]
+    scripted = iter([[[11, 12, eos], [13, 14, 15]], [[16, eos]]])
+    original, ppo.generate = ppo.generate, lambda *_: next(scripted)
+    try:
+        episodes = ppo.rollout(policy, chat, MathTask([], [], {}), problems(chat)[:2], ppo.Args(max_turns=2), 1.0)
+    finally:
+        ppo.generate = original
+    first, second = episodes
+    words = chat.user_turn_ids("Check your work and answer again.")
+    assert first.tokens == first.problem.prompt_ids + [11, 12, eos] + words + [16, eos]
+    assert first.chosen == [False] * len(first.problem.prompt_ids) + [True] * 3 + [False] * len(words) + [True] * 2
+    assert len(first.completions) == 2 and first.finished
+    # the second answer was cut off: its episode ends there
+    assert second.tokens[-3:] == [13, 14, 15] and not second.finished and len(second.completions) == 1
+
+
+def test_truncated_answers():
+    task = SimpleNamespace(grade=lambda completion, answer: 1.0)
+    cut, whole = (SimpleNamespace(finished=f, completions=["#### 1"]) for f in (False, True))
+    rewards = {
+        t: [ppo.grade(task, e, "1", ppo.Args(truncated=t)) for e in (cut, whole)] for t in ("wrong", "grade", "mask")
+    }
+    assert rewards == {"wrong": [0.0, 1.0], "grade": [1.0, 1.0], "mask": [1.0, 1.0]}
+
+
+def test_no_gradient_into_the_frozen_head(policy_and_chat):
+    policy, chat = policy_and_chat
+    batch = ppo.pack(play(policy, chat), chat.pad_id, CPU)
+    mask = batch["mask"]
+    for kind in ("frozen", "learned"):
+        args = vrpo.Args(lm_head=kind)
+        critic = vrpo.Critic(policy, args)
+        optimizer = vrpo.make_optimizer(policy, critic, args)
+        before = critic.lm_head.weight.detach().clone()
+        features = critic.features(batch["inputs"], mask, None)
+        logprobs, entropy = vrpo.logprobs_and_entropy(critic.lm_head, features, batch["targets"][mask], 1.0)
+        (entropy.mean() - logprobs.mean()).backward()
+        optimizer.step()
+        assert (critic.lm_head.weight.grad is None) is (kind == "frozen")
+        assert torch.equal(critic.lm_head.weight, before) is (kind == "frozen")
+        assert (
+            critic.backbone.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+        )  # the semantic losses reach the backbone
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
+    policy, _ = policy_and_chat
+    critic = vrpo.Critic(policy, vrpo.Args(bottleneck_layers=layers))
+    torch.nn.init.normal_(critic.head.weight)
+    features = torch.randn(50, policy.config.hidden_size)
+    torch.manual_seed(0)
+    runs = {k: torch.stack([critic.values(features, k)[0] for _ in range(30)]) for k in (1, 64)}
+    _, kl, sigma = critic.values(features, 4)
+    assert runs[1].shape == (30, 50) and kl.shape == sigma.shape == (50,)
+    assert len(critic.encoders) == layers and (kl > 0).all() == (layers > 0)
+    if layers == 0:
+        assert runs[1].std(0).max() == 0
+    else:  # the mean over 64 samples is eight times as steady as one sample
+        assert runs[1].std(0).mean() / runs[64].std(0).mean() == pytest.approx(8, rel=0.3)
+
+
+def test_shared_backbone_and_critic_warmup(run_main):
+    import pandas as pd
+
+    for name in ("ppo_baseline", "vrpo_math"):
+        run = run_main(name, run_name=f"{name}-w", critic_backbone="shared", critic_warmup=1, kl_coef=0.1)
+        frame = pd.read_csv(run / "metrics.csv")
+        assert frame["losses/grad_norm_policy"].tolist()[1] == 0 and frame["losses/grad_norm_policy"].tolist()[2] > 0
+        assert frame["losses/grad_norm_critic"].tolist()[1] > 0
+        assert frame["objective/kl_ref"].tolist()[1:] == pytest.approx([0, 0], abs=1e-5)

@@ -1,0 +1,118 @@
+"""Every noise channel: its rate, what it flips, that it is reproducible and independent of the method."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo_baseline
+import ppo_baseline as ppo
+import vrpo_math
+
+N = 4000
+KEYS = [f"prompt {i // 4}" for i in range(N)]
+CLEAN = [float(i % 2) for i in range(N)]
+LENGTHS = [i % 40 + 1 for i in range(N)]
+
+
+def observe(noise: str, update: int = 1, seed: int = 1, clean=CLEAN, **flags) -> list[float]:
+    return ppo.observe(ppo.Args(noise=noise, seed=seed, **flags), clean, KEYS, LENGTHS, update)
+
+
+def flips(observed, clean=CLEAN) -> list[bool]:
+    return [o != c for o, c in zip(observed, clean, strict=True)]
+
+
+def rate(observed, clean=CLEAN, where=lambda i: True) -> float:
+    chosen = [f for i, f in enumerate(flips(observed, clean)) if where(i)]
+    return sum(chosen) / len(chosen)
+
+
+def test_none_is_the_identity():
+    assert observe("none") == CLEAN
+
+
+@pytest.mark.parametrize("noise", ["symmetric", "persistent", "group"])
+def test_rates(noise):
+    for p in (0.0, 0.1, 0.3, 1.0):
+        assert rate(observe(noise, noise_rate=p)) == pytest.approx(p, abs=0.04)
+
+
+def test_symmetric_is_independent_within_a_prompt():
+    flipped = flips(observe("symmetric", noise_rate=0.5))
+    per_prompt = Counter(sum(flipped[i : i + 4]) for i in range(0, N, 4))
+    assert per_prompt[2] / 1000 == pytest.approx(6 / 16, abs=0.05)  # binomial(4, 1/2)
+    assert observe("symmetric", update=1) != observe("symmetric", update=2)
+
+
+def test_asymmetric_rates_and_youden_j():
+    observed = observe("asymmetric", false_negative_rate=0.3, false_positive_rate=0.1)
+    assert rate(observed, where=lambda i: CLEAN[i] == 1) == pytest.approx(0.3, abs=0.03)
+    assert rate(observed, where=lambda i: CLEAN[i] == 0) == pytest.approx(0.1, abs=0.03)
+    metrics = ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))
+    assert metrics["reward/youden_j"] == pytest.approx(1 - 0.3 - 0.1, abs=0.03)
+    assert metrics["reward/flip_rate"] == pytest.approx(0.2, abs=0.03)
+
+
+def test_gaussian():
+    observed = torch.tensor(observe("gaussian", noise_sigma=0.5)) - torch.tensor(CLEAN)
+    assert observed.mean().item() == pytest.approx(0, abs=0.03) and observed.std().item() == pytest.approx(
+        0.5, abs=0.03
+    )
+
+
+def test_persistent_errs_on_the_same_prompts_in_every_update_and_group_does_not():
+    for noise, same in (("persistent", True), ("group", False)):
+        first, second = (flips(observe(noise, update=u, noise_rate=0.3)) for u in (1, 2))
+        assert (first == second) is same
+        assert all(len(set(first[i : i + 4])) == 1 for i in range(0, N, 4))  # whole prompts
+
+
+def test_length_makes_false_positives_of_long_answers_only():
+    flipped = [i for i, f in enumerate(flips(observe("length", noise_rate=0.5))) if f]
+    assert flipped and all(CLEAN[i] == 0 and LENGTHS[i] > 30 for i in flipped)
+    assert rate(observe("length", noise_rate=0.5), where=lambda i: CLEAN[i] == 0 and LENGTHS[i] > 30) == pytest.approx(
+        0.5, abs=0.06
+    )
+
+
+def test_random_is_a_coin_whatever_the_answer():
+    for clean in ([0.0] * N, [1.0] * N):
+        assert sum(observe("random", clean=clean)) / N == pytest.approx(0.5, abs=0.03)
+    observed = observe("random")
+    assert ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))["reward/youden_j"] == pytest.approx(
+        0, abs=0.04
+    )
+
+
+@pytest.mark.parametrize("noise", ["symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random"])
+def test_reproducible_seeded_and_the_same_for_every_method(noise):
+    first = observe(noise)
+    assert first == observe(noise)
+    assert first != observe(noise, seed=2)
+    for module in (vrpo_math, grpo_baseline):
+        assert first == module.observe(module.Args(noise=noise), CLEAN, KEYS, LENGTHS, 1)
+
+
+def test_majority_vote(tmp_path, monkeypatch):
+    """Three samples of two prompts: the majority is right for one and wrong for the other."""
+    answers = {"a": ["#### 1", "#### 2", "#### 2.0"], "b": ["no answer", "#### 7", "#### 7"]}
+    problems = [SimpleNamespace(key="a", answer="2"), SimpleNamespace(key="b", answer="8")]
+
+    def rollout(policy, chat, task, problems, args, temperature):
+        counts = Counter()
+        for p in problems:
+            counts[p.key] += 1
+            yield SimpleNamespace(problem=p, completions=[answers[p.key][counts[p.key] - 1]])
+
+    from utils.tasks import MathTask
+
+    said = []
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    run = SimpleNamespace(folder=tmp_path, print=said.append)
+    labels = ppo.majority_vote(None, None, MathTask([], [], {}), problems * 2, ppo.Args(vote_samples=3), run)
+    assert labels == {"a": "2", "b": "7"}
+    assert "label accuracy 0.500" in said[0]
+    monkeypatch.setattr(ppo, "rollout", None)  # the second time they come from the run directory
+    assert ppo.majority_vote(None, None, MathTask([], [], {}), problems, ppo.Args(), run) == labels

@@ -1,0 +1,151 @@
+"""The scripts are copies of one another on purpose; these tests keep the copies equal wherever no method differs."""
+
+import ast
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARENT = "ppo_baseline"
+# child: (share of the parent's lines that it keeps, hunks), at least and at most
+BUDGETS = {"vrpo_math": (0.90, 30), "grpo_baseline": (0.80, 30)}
+MARK = {"vrpo_math": "VRPO:", "grpo_baseline": "GRPO:"}
+# Top-level units that bear the same name in parent and child and differ, with the reason.
+INTENDED_DIFFS = {
+    ("vrpo_math", "Args"): "the method's own flags",
+    ("vrpo_math", "Critic"): "bottleneck and LM head",
+    ("vrpo_math", "make_optimizer"): "encoder, decoder and a learned LM head have learning rates",
+    ("vrpo_math", "score_tokens"): "the critic's uncertainty about each token",
+    ("vrpo_math", "main"): "the value loss has three more terms",
+    ("grpo_baseline", "Args"): "the method's own flags in place of the critic's",
+    ("grpo_baseline", "token_weights"): "three ways to average over tokens",
+    ("grpo_baseline", "make_optimizer"): "no critic",
+    ("grpo_baseline", "score_tokens"): "no critic",
+    ("grpo_baseline", "main"): "group advantages in place of values and GAE",
+}
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text()
+
+
+def units(name: str) -> dict[str, str]:
+    """Top-level functions, classes and assignments by name."""
+    text, found = source(name), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.get_source_segment(text, node)
+    return found
+
+
+def shared_args(name: str) -> str:
+    """The Args class up to the method's own section."""
+    return re.split(r"    # --- (?:PPO|GRPO|VRPO) ---\n", units(name)["Args"])[0]
+
+
+def hunks(parent: str, child: str) -> list[tuple[list[str], list[str], int]]:
+    """Changed blocks: (parent's lines, child's lines, position in the child)."""
+    a, b = source(parent).splitlines(), source(child).splitlines()
+    matcher = difflib.SequenceMatcher(a=a, b=b, autojunk=False)
+    return [(a[i1:i2], b[j1:j2], j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal"]
+
+
+@pytest.mark.parametrize("child", BUDGETS)
+def test_same_named_units_are_identical_unless_intended(child):
+    parent, own = units(PARENT), units(child)
+    differing = {name for name in parent.keys() & own.keys() if parent[name] != own[name]}
+    intended = {name for script, name in INTENDED_DIFFS if script == child}
+    assert differing - intended == set(), "changed in one script only"
+    assert intended - differing == set(), "stale entries of INTENDED_DIFFS"
+
+
+@pytest.mark.parametrize("child", BUDGETS)
+def test_same_banners(child):
+    def banners(name):
+        return re.findall(r"^# ==== (\d\. .*?) =+$", source(name), flags=re.M)
+
+    assert len(banners(PARENT)) == 9
+    assert banners(child) == banners(PARENT)
+
+
+@pytest.mark.parametrize("child", BUDGETS)
+def test_same_shared_args(child):
+    assert shared_args(child) == shared_args(PARENT)
+
+
+def test_vrpo_has_every_flag_of_ppo():
+    assert units("vrpo_math")["Args"].startswith(units(PARENT)["Args"])
+
+
+@pytest.mark.parametrize("child", BUDGETS)
+def test_diff_budget(child):
+    share, most = BUDGETS[child]
+    total = len(source(PARENT).splitlines())
+    changed = hunks(PARENT, child)
+    kept = 1 - sum(len(old) for old, _, _ in changed) / total
+    print(f"{PARENT} -> {child}: {kept:.1%} of {total} lines kept, {len(changed)} hunks")
+    assert kept >= share and len(changed) <= most
+
+
+@pytest.mark.parametrize("child", BUDGETS)
+def test_every_added_hunk_below_the_args_is_labelled(child):
+    """A block that the child adds or changes in banners 4 to 9 carries `# VRPO:` or `# GRPO:` in it or in the line above."""
+    lines = source(child).splitlines()
+    begins = next(i for i, line in enumerate(lines) if line.startswith("# ==== 4."))
+    unlabelled = []
+    for _, new, position in hunks(PARENT, child):
+        new_code = [line for line in new if line.strip()]
+        if position > begins and new_code:
+            near = "\n".join([*lines[max(0, position - 2) : position], *new])
+            if MARK[child].rstrip(":") not in near:
+                unlabelled.append((position + 1, new[:3]))
+    assert not unlabelled
+
+
+@pytest.mark.parametrize("name", [PARENT, *BUDGETS])
+def test_readable_size(name):
+    """A reader can hold the script in mind: its length, its nesting, its share of comments and docstrings."""
+    text = source(name)
+    lines = text.splitlines()
+    assert len(lines) <= 765
+    depth = max(
+        (len(line) - len(line.lstrip())) // 4
+        for line in lines
+        if re.match(r"\s*(if|for|while|with|match|def) .*:$", line)
+    )
+    assert depth <= 5
+    prose = {i for i, line in enumerate(lines) if line.strip().startswith("#")}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose |= set(range(node.lineno - 1, node.end_lineno))
+    assert 0.15 <= len(prose) / len(lines) <= 0.35
+
+
+def test_utils_import_no_script():
+    for file in (ROOT / "utils").glob("*.py"):
+        for name in [PARENT, *BUDGETS]:
+            assert not re.search(rf"\b(import|from) {name}\b", file.read_text()), f"{file.name} imports {name}"
+
+
+def test_metric_keys_equal_the_table_of_the_readme():
+    written = set()
+    for name in [PARENT, *BUDGETS]:
+        families = "charts|time|reward|objective|losses|critic|vrpo|grpo|eval"
+        written |= set(re.findall(rf'"((?:{families})/\w+)"', source(name)))
+        written |= {f"losses/grad_norm_{group}" for group in re.findall(r'"name": "(\w+)"', source(name))}
+    table = set(re.findall(r"^\| `((?:\w+)/\w+)` \|", (ROOT / "README.md").read_text(), flags=re.M))
+    assert written == table
+
+
+def test_readme_paths_exist():
+    """Every file that the README names is there."""
+    named = set(
+        re.findall(
+            r"(?<![\w/.-])((?:utils|tests|benchmark|assets)/[\w/.-]+\w|\w+\.py)\b", (ROOT / "README.md").read_text()
+        )
+    )
+    assert named and not [name for name in named if not (ROOT / name).exists()]

@@ -1,0 +1,253 @@
+"""Masks, reward placement, advantages and losses by tiny cases computed by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+import grpo_baseline as grpo
+import ppo_baseline as ppo
+import vrpo_math as vrpo
+
+T, F = True, False
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    chosen: list[bool]
+
+
+# prompt 5 6 7, answer 8 9, EOS 1, and a shorter row; pad and EOS are the same id on purpose
+ROWS = [Row([5, 6, 7, 8, 9, 1], [F, F, F, T, T, T]), Row([5, 6, 1], [F, F, T])]
+# two turns: prompt 5, answer 8 1, user 6 7, answer 9 1
+TWO_TURNS = [Row([5, 8, 1, 6, 7, 9, 1], [F, T, T, F, F, T, T])]
+
+
+def pack(rows):
+    return ppo.pack(rows, pad_id=1, device=torch.device("cpu"))
+
+
+def test_pack_shifts_once_and_keeps_eos():
+    batch = pack(ROWS)
+    assert batch["inputs"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 1, 1, 1]]
+    assert batch["targets"].tolist() == [[6, 7, 8, 9, 1], [6, 1, 1, 1, 1]]
+    # the EOS that the policy chose is in the mask, the padding of the same id is not
+    assert batch["mask"].tolist() == [[F, F, T, T, T], [F, T, F, F, F]]
+
+
+def test_take_trims_to_the_longest_row_taken():
+    batch = pack(ROWS)
+    short = ppo.take(batch, torch.tensor([1]))
+    assert short["targets"].tolist() == [[6, 1]] and short["mask"].tolist() == [[F, T]]
+    assert ppo.take(batch, torch.tensor([1, 0]))["mask"].shape == (2, 5)
+    nothing = {"mask": torch.zeros(2, 5, dtype=torch.bool)}
+    assert ppo.take(nothing, torch.tensor([0]))["mask"].shape == (1, 1)
+
+
+def test_by_length_orders_rows_by_their_last_chosen_token():
+    assert ppo.by_length(pack(ROWS)["mask"]).tolist() == [1, 0]
+    assert ppo.by_length(pack(ROWS + TWO_TURNS)["mask"]).tolist() == [1, 0, 2]
+
+
+def test_spread_inverts_masking():
+    mask = pack(ROWS)["mask"]
+    grid = ppo.spread(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    assert grid.tolist() == [[0, 0, 1, 2, 3], [0, 4, 0, 0, 0]]
+    assert grid[mask].tolist() == [1, 2, 3, 4]
+
+
+def test_reward_sits_on_the_last_chosen_token():
+    rewards = ppo.place_rewards(torch.tensor([[0.5], [2.0]]), pack(ROWS)["mask"])
+    assert rewards.tolist() == [[0, 0, 0, 0, 0.5], [0, 2.0, 0, 0, 0]]
+
+
+def test_rewards_of_several_turns():
+    mask = pack(TWO_TURNS)["mask"]  # targets 8 1 6 7 9 1
+    assert mask.tolist() == [[T, T, F, F, T, T]]
+    assert ppo.place_rewards(torch.tensor([[3.0]]), mask).tolist() == [[0, 0, 0, 0, 0, 3]]  # one score: the last turn's
+    assert ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
+    assert ppo.place_rewards(torch.tensor([[9.0, 2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
+    assert ppo.place_rewards(torch.tensor([[1.0]]), torch.zeros(1, 3, dtype=torch.bool)).tolist() == [[0, 0, 0]]
+
+
+def test_nan_under_the_mask_never_reaches_means_or_losses():
+    mask = torch.tensor([[F, T, T]])
+    bad = torch.tensor([[float("nan"), 1.0, 3.0]])
+    weights = ppo.token_weights(mask)
+    assert ppo.masked_mean(bad, mask) == 2
+    assert ppo.weighted_sum(bad, weights) == 2
+    assert ppo.whiten(bad, mask).isfinite().all()
+    leaf = torch.tensor([0.1, 0.2], requires_grad=True)
+    logprobs = ppo.spread(leaf, mask)
+    loss, _ = ppo.policy_loss(logprobs, bad, bad, weights, 0.2)
+    loss = loss + ppo.value_loss(logprobs, bad, bad, weights, 0.2) + ppo.kl_loss(logprobs, bad, weights)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all()
+
+
+def test_whiten():
+    mask = torch.tensor([[T, T, T, F]])
+    white = ppo.whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), mask)
+    assert torch.allclose(white, torch.tensor([[-1.0, 0.0, 1.0, 0.0]]))
+
+
+def test_gae_by_hand():
+    # V = 1, 2, 3, reward 10 at the end, gamma 0.5, lambda 0.5: deltas 0, -0.5, 7
+    values, rewards = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 10.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    advantages = ppo.gae(rewards, values, mask, 0.5, 0.5)
+    assert torch.allclose(advantages, torch.tensor([[0.3125, 1.25, 7.0]]))
+
+
+def reference_gae(rewards, values, mask, gamma, lam):
+    """The definition, O(n^2), on the list of chosen tokens: A_i = sum_k (gamma lam)^k delta_{i+k}."""
+    result = torch.zeros_like(values)
+    for b in range(len(values)):
+        steps = [t for t in range(values.shape[1]) if mask[b, t]]
+        v = [float(values[b, t]) for t in steps] + [0.0]
+        delta = [float(rewards[b, t]) + gamma * v[i + 1] - v[i] for i, t in enumerate(steps)]
+        for i, t in enumerate(steps):
+            result[b, t] = sum((gamma * lam) ** (k - i) * delta[k] for k in range(i, len(steps)))
+    return result
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.sampled_from([0.9, 1.0]))
+def test_gae_against_the_definition_over_turns_and_padding(seed, lam, gamma):
+    torch.manual_seed(seed)
+    mask = torch.rand(4, 9) < 0.6  # gaps are user turns
+    rewards, values = torch.randn(4, 9) * mask, torch.randn(4, 9)
+    values[~mask] = float("nan")
+    got = ppo.gae(rewards, values, mask, gamma, lam)
+    assert torch.allclose(got, reference_gae(rewards, values, mask, gamma, lam), atol=1e-5)
+    assert (got[~mask] == 0).all()
+
+
+def test_gae_with_zero_values_and_lambda_one_is_the_discounted_return():
+    mask = pack(TWO_TURNS)["mask"]
+    rewards = ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
+    assert ppo.gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0).tolist() == [[5, 5, 0, 0, 3, 3]]
+
+
+def test_policy_loss_clips_by_hand():
+    # ratios 2, 0.5, 2, 0.5 with advantages 1, 1, -1, -1 and eps 0.2: objectives 1.2, 0.5, -2, -0.8
+    logprobs = torch.tensor([[2.0, 0.5, 2.0, 0.5]]).log().requires_grad_()
+    weights = torch.full((1, 4), 0.25)
+    loss, stats = ppo.policy_loss(logprobs, torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, -1.0]]), weights, 0.2)
+    assert loss.item() == pytest.approx(-(1.2 + 0.5 - 2 - 0.8) / 4)
+    assert stats["losses/clipfrac"].item() == 1.0
+    loss.backward()  # a clipped token gets no gradient: the first and the last
+    assert (logprobs.grad[0, [0, 3]] == 0).all() and (logprobs.grad[0, [1, 2]] != 0).all()
+
+
+def test_value_loss_and_its_clipping():
+    values, returns, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    assert ppo.value_loss(values, values, returns, weights, None).item() == pytest.approx(2.5)
+    old = torch.tensor([[1.5, 1.0]])  # kept: 1.3 and 1.2, errors 1.69 and 0.04; the larger of each pair counts
+    assert ppo.value_loss(values, old, returns, weights, 0.2).item() == pytest.approx((1.69 + 4) / 2)
+
+
+def test_kl_estimates_against_torch():
+    p, q = torch.randn(2, 7, dtype=torch.float64).log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum()
+    weights = p.exp().unsqueeze(0)  # the expectation over the policy, exactly
+    assert torch.allclose(ppo.kl_loss(p.unsqueeze(0), q.unsqueeze(0), weights), exact)
+    penalty = ppo.kl_penalty(p.unsqueeze(0), q.unsqueeze(0), torch.ones(1, 7, dtype=torch.bool))
+    assert torch.allclose((weights * penalty).sum(), exact)
+
+
+def test_logprobs_and_entropy_against_torch_distributions():
+    head, hidden, targets = torch.nn.Linear(4, 6), torch.randn(5, 4), torch.tensor([0, 5, 2, 2, 1])
+    logprobs, entropy = ppo.logprobs_and_entropy(head, hidden, targets, 0.7)
+    expected = torch.distributions.Categorical(logits=head(hidden) / 0.7)
+    assert torch.allclose(logprobs, expected.log_prob(targets), atol=1e-6)
+    assert torch.allclose(entropy, expected.entropy(), atol=1e-6)
+
+
+def test_explained_variance():
+    mask, returns = torch.tensor([[T, T, T, F]]), torch.tensor([[1.0, 2.0, 3.0, 9.0]])
+    assert ppo.explained_variance(returns + 5, returns, mask) == 1  # a constant error costs nothing
+    assert ppo.explained_variance(torch.zeros(1, 4), returns, mask) == 0
+    assert ppo.explained_variance(-returns, returns, mask) == -3
+    assert ppo.explained_variance(returns, torch.ones(1, 4), mask) != ppo.explained_variance(
+        returns, torch.ones(1, 4), mask
+    )
+
+
+def test_noise_absorbed():
+    mask, errors = torch.ones(4, 1, dtype=torch.bool), torch.tensor([[1.0], [0.0], [-1.0], [0.0]])
+    assert ppo.noise_absorbed(errors + 3, errors, mask) == pytest.approx(0)  # the whole error reaches the advantages
+    assert ppo.noise_absorbed(0.25 * errors, errors, mask) == pytest.approx(0.75)
+    assert ppo.noise_absorbed(torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), errors, mask) == pytest.approx(1)
+
+
+# ---- GRPO ----
+
+
+def test_group_advantages_by_hand():
+    scores = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # groups of three: (1, 0, 0) and (1, 1, 1)
+    std = (2 / 9) ** 0.5 * (3 / 2) ** 0.5
+    expected = torch.tensor([2 / 3, -1 / 3, -1 / 3]) / (std + 1e-4)
+    assert torch.allclose(grpo.group_advantages(scores, 3, "grpo"), torch.cat([expected, torch.zeros(3)]))
+    assert torch.allclose(grpo.group_advantages(scores, 3, "dr_grpo")[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3]))
+    assert torch.allclose(grpo.group_advantages(scores, 3, "rloo")[:3], torch.tensor([1.0, -0.5, -0.5]))
+    assert (grpo.group_advantages(scores, 3, "reinforce_pp") == scores).all()  # whitened over the tokens in main()
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        assert (grpo.group_advantages(scores, 1, kind) == 0).all()
+
+
+def test_grpo_matches_the_formula_of_trl():
+    """TRL's GRPOTrainer: (r - r.view(-1, G).mean(1)) / (r.view(-1, G).std(1) + 1e-4), std unbiased."""
+    torch.manual_seed(0)
+    r = torch.rand(24)
+    mean, std = (f(r.view(-1, 8), 1).repeat_interleave(8) for f in (torch.mean, torch.std))
+    assert torch.allclose(grpo.group_advantages(r, 8, "grpo"), (r - mean) / (std + 1e-4))
+
+
+def test_loss_norms():
+    mask = torch.tensor([[T, T, T, T], [T, F, F, F]])
+    x = torch.tensor([[1.0, 1.0, 1.0, 1.0], [6.0, 0.0, 0.0, 0.0]])
+    means = {
+        kind: grpo.weighted_sum(x, grpo.token_weights(mask, kind, 10)).item()
+        for kind in ("token", "sequence", "constant")
+    }
+    assert means == pytest.approx({"token": 10 / 5, "sequence": (1 + 6) / 2, "constant": 10 / 20})
+
+
+def test_noise_correction_is_unbiased():
+    fn, fp = 0.3, 0.1
+    for clean in (0.0, 1.0):
+        p_one = 1 - fn if clean else fp
+        expected = p_one * grpo.correct_noise(torch.tensor(1.0), fn, fp) + (1 - p_one) * grpo.correct_noise(
+            torch.tensor(0.0), fn, fp
+        )
+        assert expected.item() == pytest.approx(clean, abs=1e-6)
+
+
+# ---- VRPO ----
+
+
+def test_bottleneck_kl_against_torch_distributions():
+    mu, log_sigma = torch.randn(6, 5), torch.randn(6, 5)
+    expected = kl_divergence(Normal(mu, log_sigma.exp()), Normal(0.0, 1.0)).sum(-1)
+    assert torch.allclose(vrpo.gaussian_kl(mu, log_sigma), expected, atol=1e-5)
+
+
+def test_most_uncertain_takes_exactly_the_share():
+    mask = torch.tensor([[T, T, F, T], [F, T, T, F]])
+    uncertainty = torch.tensor([[1.0, 5.0, 99.0, 3.0], [99.0, 2.0, 4.0, 99.0]])
+    assert vrpo.most_uncertain(uncertainty, mask, 0.4).tolist() == [[F, T, F, F], [F, F, T, F]]
+    assert (vrpo.most_uncertain(uncertainty, mask, 1.0) == mask).all()
+    assert not vrpo.most_uncertain(uncertainty, mask, 0.0).any()
+    ties = vrpo.most_uncertain(torch.ones(1, 10), torch.ones(1, 10, dtype=torch.bool), 0.3)
+    assert ties.sum() == 3
+
+
+def test_semantic_losses_by_hand():
+    entropy, logprobs = torch.tensor([[0.5, 0.1]]), torch.tensor([[-2.0, -4.0]])
+    ent, ppl = vrpo.semantic_losses(entropy, logprobs, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+    assert (ent.item(), ppl.item()) == (pytest.approx(0.5), pytest.approx(3.0))

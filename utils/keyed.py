@@ -1,0 +1,22 @@
+"""Randomness keyed by what it is for: the same key gives the same numbers, in any run and after any resume, so there is no
+generator whose state would have to be saved, and methods that share a seed share prompts, samples and noise."""
+
+import hashlib
+
+import torch
+
+
+def coin(*key: object) -> float:
+    """A uniform number in (0, 1) that depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") // 2**11 + 0.5) / 2**53
+
+
+def seed_torch(*key: object) -> None:
+    """Start torch's generator at a point that depends on the key alone."""
+    torch.manual_seed(int(coin(*key) * 2**53))
+
+
+def permutation(size: int, *key: object) -> torch.Tensor:
+    """A permutation of range(size), int64, that depends on the key alone."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int(coin(*key) * 2**53)))
