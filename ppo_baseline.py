@@ -77,7 +77,7 @@ class Args:
     max_prompt_tokens: int = 128
     """problems with longer prompts are counted and dropped"""
     # --- rollout ---
-    updates: int = 60
+    updates: int = 40
     """updates, each of prompts-per-update x samples-per-prompt episodes"""
     prompts_per_update: int = 64
     """different prompts in an update"""
@@ -115,7 +115,7 @@ class Args:
     """episodes in one optimizer step"""
     micro_batch_size: int = 32
     """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: every learning rate falls to zero over the run"""
@@ -195,16 +195,17 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
     """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` samples of the initial policy."""
     file = run.folder / "pseudo_labels.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    problems = list({p.key: p for p in problems}.values())
-    seed_torch(args.seed, "votes")
+    labels = json.loads(file.read_text()) if file.exists() else {}
+    if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
+        return labels
+    run.print(f"majority vote: {args.vote_samples} samples for each of {len(problems)} prompts")
+    seed_torch(args.seed, "votes", len(labels))
     votes: dict[str, Counter] = {p.key: Counter() for p in problems}
     for episode in rollout(policy, chat, task, problems * args.vote_samples, args, args.temperature):
         votes[episode.problem.key][task.final_answer(episode.completions[-1])] += 1
-    labels = {key: count.most_common(1)[0][0] for key, count in votes.items()}
+    labels |= {key: count.most_common(1)[0][0] for key, count in votes.items()}
     accuracy = sum(task.grade(f"#### {labels[p.key]}", p.answer) for p in problems) / len(problems)
-    run.print(f"majority vote of {args.vote_samples} samples on {len(problems)} prompts: label accuracy {accuracy:.3f}")
+    run.print(f"majority vote: label accuracy {accuracy:.3f}")
     write_atomically(file, json.dumps(labels))
     return labels
 

@@ -24,6 +24,7 @@ TABLE = [
     ("The answer is 19. I checked it 3 times.", "19", True),
     ("The answer is: 1,000 dollars", "1000", True),
     ("", "19", False),
+    ("It is 19.", "", False),
     ("I do not know.", "19", False),
     (r"so \boxed{19}", "#### 19", True),
     (r"first \boxed{3}, then \boxed{4}", "4", True),

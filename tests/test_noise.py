@@ -113,6 +113,6 @@ def test_majority_vote(tmp_path, monkeypatch):
     run = SimpleNamespace(folder=tmp_path, print=said.append)
     labels = ppo.majority_vote(None, None, MathTask([], [], {}), problems * 2, ppo.Args(vote_samples=3), run)
     assert labels == {"a": "2", "b": "7"}
-    assert "label accuracy 0.500" in said[0]
+    assert "label accuracy 0.500" in said[-1]
     monkeypatch.setattr(ppo, "rollout", None)  # the second time they come from the run directory
     assert ppo.majority_vote(None, None, MathTask([], [], {}), problems, ppo.Args(), run) == labels

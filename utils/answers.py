@@ -75,4 +75,5 @@ def is_correct(completion: str, answer: str) -> bool:
     if given is None:
         return False
     marked = "####" in answer or "\\boxed{" in answer
-    return same_answer(given, (extract(answer) if marked else answer.strip()) or "")
+    wanted = extract(answer) if marked else answer.strip()
+    return bool(wanted) and same_answer(given, wanted)
