@@ -324,8 +324,9 @@ class Critic(nn.Module):
         return policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
 
     def values(self, features: Tensor) -> Tensor:
-        """V (N,) of N states."""
-        return self.head(features.float()).squeeze(-1)
+        """V (N,) of N states, in float32 whatever the precision of the backbone."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float()).squeeze(-1)
 
 
 def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math")
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -66,10 +66,13 @@ def small_flags(tiny_model, tiny_data) -> dict:
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path, small_flags):
-    """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns the run's folder."""
+    """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns the run's folder.
+    `plot=True` draws the curves too."""
 
-    def run(name: str, **flags) -> Path:
+    def run(name: str, plot: bool = False, **flags) -> Path:
         module = importlib.import_module(name)
+        if not plot:
+            monkeypatch.setattr("utils.run.plot_runs", lambda folders, out: out)  # a second for each picture
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         flags = {**small_flags, "run_name": name, **flags}

@@ -77,7 +77,7 @@ def test_the_maker_is_deterministic(tmp_path):
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
         assert (tmp_path / name / "tiny_math" / "config.json").exists()
     assert digests[0] == digests[1]
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def test_committed_data_is_what_the_maker_writes(tmp_path):

@@ -125,7 +125,8 @@ class Run:
             sys.exit(128 + self.interrupt)
 
     def rewind(self, update: int) -> None:
-        """Forget rows and samples of later updates, so that a resumed run writes them anew."""
+        """Forget rows and samples of later updates, and with 0 those of the start too: a resumed run writes them anew."""
+        update = update or -1
         metrics, samples = self.folder / "metrics.csv", self.folder / "samples.jsonl"
         if metrics.exists():
             with metrics.open(newline="") as file:
