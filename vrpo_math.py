@@ -359,13 +359,13 @@ class Critic(nn.Module):
         """V, the bottleneck's KL and the mean sigma, (N,) each, of N states; V averages the decoder over `samples` codes
         (not its output at z = mu, an untypical point that it was never trained on)."""
         with torch.autocast(features.device.type, enabled=False):
-            z = features.float().unsqueeze(0)  # (1, N, D)
+            z = features.float().unsqueeze(0)  # VRPO: (1, N, D), then a code (K, N, latent) from each bottleneck layer
             kl, sigma = torch.zeros_like(z[0, :, 0]), torch.zeros_like(z[0, :, 0])
             for encoder in self.encoders:
                 mu, log_sigma = encoder(z).chunk(2, dim=-1)
                 log_sigma = log_sigma.clamp(-5, 2)
                 kl, sigma = kl + gaussian_kl(mu, log_sigma).mean(0), log_sigma.exp().mean((0, 2))
-                z = mu + log_sigma.exp() * torch.randn((samples, *mu.shape[1:]), device=mu.device)  # (K, N, latent)
+                z = mu + log_sigma.exp() * torch.randn((samples, *mu.shape[1:]), device=mu.device)
             return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
 
 

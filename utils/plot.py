@@ -57,23 +57,24 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
     flags_of = [json.loads(key) for key in groups]
     varied = {k for f in flags_of for k in f if any(k in g and g[k] != f[k] for g in flags_of)} - {"script"}
     panels = {key: title for key, title in panels.items() if any(s.get(key) for g in groups.values() for _, s in g)}
+    colors = [f"C{i}" for i in range(len(groups))]  # a method keeps its colour where it has no curve in a panel
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
-        for flags, members in zip(flags_of, groups.values(), strict=True):
-            label = " ".join([flags["script"].removesuffix("_baseline").removesuffix("_math"), *(f"{k}={flags[k]}" for k in sorted(varied) if k in flags)])  # fmt: skip
+        for color, flags, members in zip(colors, flags_of, groups.values(), strict=False):
+            script = flags["script"].removesuffix("_baseline").removesuffix("_math")
+            label = " ".join([script, *(f"{k}={flags[k]}" for k in sorted(varied) if k in flags)])
             curves = [series[key] for _, series in members if series.get(key)]
             if not curves:
                 continue
             x = sorted(set.intersection(*(set(c) for c in curves)))
             values = [[c[e] for c in curves] for e in x]
-            mark = "o" if len(x) < 20 else None
-            (line,) = axis.plot(x, [sum(v) / len(v) for v in values], marker=mark, markersize=3, label=f"{label} ({len(curves)} seeds)" if len(curves) > 1 else label)  # fmt: skip
+            mean, low, high = ([f(v) for v in values] for f in (lambda v: sum(v) / len(v), min, max))
+            label += f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+            axis.plot(x, mean, marker="o" if len(x) < 20 else None, markersize=3, color=color, label=label)
             if len(curves) > 1:
-                axis.fill_between(
-                    x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15, lw=0
-                )
+                axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("episodes", fontsize=8)
         axis.tick_params(labelsize=8)
