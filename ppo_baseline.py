@@ -612,9 +612,8 @@ def main(args: Args) -> None:
                 for key, value in {**losses, **micro_stats, "losses/total": loss}.items():
                     stats[key] = stats.get(key, 0.0) + value.detach()
             for group in optimizer.param_groups:
-                stats[f"losses/grad_norm_{group['name']}"] = nn.utils.clip_grad_norm_(
-                    group["params"], args.max_grad_norm
-                )
+                norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
                 run.close()
                 numbers = {key: value.item() for key, value in stats.items()}

@@ -107,7 +107,6 @@ def fit(policy, chat, played: list[tuple], args: Args, flags, seed: int) -> tupl
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     policy, chat = load_policy(str(ROOT / "assets" / "tiny_math"), torch.device("cpu"))
-    policy.requires_grad_(False)
     task = load_task(vrpo.Args(dataset=str(ROOT / "assets" / "data" / "tiny_math")), chat)
     rows = []
     for seed in args.seeds:

@@ -64,6 +64,8 @@ def load_policy(name: str, device: torch.device) -> tuple[PreTrainedModel, Chat]
     for field in LOGIT_RESCALING:
         if getattr(model.config, field, None) not in (None, 1, 1.0):
             stop(f"--model {name}: its config has {field}, and the scripts apply the LM head without rescaling")
+    if not hasattr(model, "lm_head"):
+        stop(f"--model {name}: {type(model).__name__} has no lm_head, which the scripts apply themselves")
     eos_ids = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
     eos_ids = sorted({i for x in eos_ids if x is not None for i in (x if isinstance(x, list) else [x])})
     if not eos_ids:

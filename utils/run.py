@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,11 +28,10 @@ SHARES = (
     "gamma", "gae_lambda", "critic_lambda", "token_ratio",
 )  # fmt: skip
 SHOWN = {
-    "eval/accuracy": "accuracy {:.3f}",
+    "eval/accuracy": "acc {:.3f}",
     "reward/clean": "clean {:.2f}",
     "reward/observed": "observed {:.2f}",
     "critic/explained_variance_clean": "ev {:+.2f}",
-    "objective/entropy": "entropy {:.2f}",
 }
 
 
@@ -89,10 +88,9 @@ class Run:
         self.progress = Progress(
             TextColumn("update"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=8),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self.console,
         )
