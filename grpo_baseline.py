@@ -144,7 +144,7 @@ class Args:
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
     """how a score becomes an advantage; all but reinforce_pp compare within the group"""
     loss_norm: Literal["token", "sequence", "constant"] = "token"
-    """tokens count alike; episodes count alike; or the sum is divided by episodes x max-new-tokens"""
+    """tokens count alike; episodes count alike; or the sum is divided by episodes x max-turns x max-new-tokens"""
     assumed_false_negative_rate: float = 0.0
     """noise correction: the P(0 | right) that is undone"""
     assumed_false_positive_rate: float = 0.0
@@ -187,7 +187,7 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 
 
 def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
-    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` samples of the initial policy."""
+    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` rollouts of the initial policy."""
     file = run.folder / "pseudo_labels.json"
     labels = json.loads(file.read_text()) if file.exists() else {}
     if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
@@ -237,11 +237,6 @@ def by_length(mask: Tensor) -> Tensor:
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked tokens; what stands elsewhere, NaN included, has no part in it."""
-    return x[mask].mean()
 
 
 # GRPO: three ways to average
@@ -297,8 +292,6 @@ def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, tempe
 def make_optimizer(policy, args: Args) -> torch.optim.Optimizer:
     """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
     groups = [{"name": "policy", "params": list(policy.parameters()), "lr": args.learning_rate}]
-    for group in groups:
-        group["start_lr"] = group["lr"]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -473,13 +466,15 @@ def main(args: Args) -> None:
     if start:
         policy, _ = load_policy(str(folder), device)
     optimizer = make_optimizer(policy, args)  # GRPO: no critic
+    rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
     labels = {}
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
-        labels = majority_vote(reference, chat, task, visited, args, run)
+        with precision:
+            labels = majority_vote(reference, chat, task, visited, args, run)
     if start == 0:
         with precision:
             metrics, samples = evaluate(policy, chat, task, args)
@@ -489,8 +484,8 @@ def main(args: Args) -> None:
     for update in range(start + 1, args.updates + 1):
         began = time.perf_counter()
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
-        for group in optimizer.param_groups:
-            group["lr"] = fraction * group["start_lr"]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = fraction * rate
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
         problems = task.batch(args.seed, update, args.prompts_per_update)
@@ -504,6 +499,7 @@ def main(args: Args) -> None:
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
         clean = [grade(task, e, e.problem.answer, args) for e in episodes]
+        # what the labels say, before the channel: the truth, or the majority's pseudo-label
         seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
         observed = observe(args, seen, [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
@@ -516,7 +512,7 @@ def main(args: Args) -> None:
         if args.truncated == "mask":
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
-        if not mask.any():
+        if mask.sum() < 2:
             stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
         with precision:
             batch |= score_tokens(policy, reference, batch, args)  # GRPO: no values
@@ -533,22 +529,21 @@ def main(args: Args) -> None:
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
         history = []
-        most_tokens = args.max_turns * args.max_new_tokens  # GRPO: what --loss-norm constant divides by
         orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
-        for rows in [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]:
-            minibatch = take(batch, rows)
-            # GRPO: --loss-norm
+        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        for minibatch in (take(batch, rows) for rows in minibatches):
+            most_tokens = args.max_turns * args.max_new_tokens  # GRPO: what --loss-norm constant divides by
             minibatch["weights"] = token_weights(minibatch["mask"], args.loss_norm, most_tokens)
             stats: dict[str, Tensor] = {}
             optimizer.zero_grad()
             for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
                 part = take(minibatch, micro)
-                mask, weights = part["mask"], part["weights"]
+                chosen, weights = part["mask"], part["weights"]
                 with precision:
-                    hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-                    targets = part["targets"][mask]
+                    hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                    targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                logprobs, entropy = (spread(x, mask) for x in (logprobs, entropy))  # GRPO: no values
+                logprobs, entropy = (spread(x, chosen) for x in (logprobs, entropy))  # GRPO: no values
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
@@ -564,7 +559,6 @@ def main(args: Args) -> None:
                 norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                 stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
-                run.close()
                 numbers = {key: value.item() for key, value in stats.items()}
                 stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
             optimizer.step()
@@ -573,7 +567,6 @@ def main(args: Args) -> None:
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
-        mask = batch["mask"]
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -589,7 +582,7 @@ def main(args: Args) -> None:
             **channel_metrics(clean, observed),
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
-            "objective/entropy": masked_mean(batch["entropy"], mask).item(),
+            "objective/entropy": batch["entropy"][mask].mean().item(),
             **mean,
             # GRPO: what there is of a baseline to look at
             "grpo/zero_variance_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
@@ -603,10 +596,12 @@ def main(args: Args) -> None:
             metrics |= eval_metrics
             run.samples(update, samples)
         run.log(update, metrics)
-        if update % args.save_every == 0 or last or run.interrupt:
+        leaving = run.interrupt
+        if update % args.save_every == 0 or last or leaving:
             state = {"optimizer": optimizer.state_dict()}  # GRPO: no critic
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
-        run.leave_if_asked(update)
+        if leaving and not last:
+            run.leave(leaving, update)
 
     run.finish()
 

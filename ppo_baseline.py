@@ -15,7 +15,7 @@ critic head and policy have their own learning rates and are clipped apart; the 
     python ppo_baseline.py                                   # embedded model and data, 20 % of the rewards flipped
     python ppo_baseline.py --noise none --seed 2
     python ppo_baseline.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
-        --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --micro-batch-size 8
+        --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --critic-learning-rate 5e-6 --micro-batch-size 8
 """
 
 import copy
@@ -152,7 +152,7 @@ class Args:
     critic_warmup: int = 0
     """first updates that train the critic alone"""
     value_coef: float = 1.0
-    """weight of the value loss"""
+    """weight of the critic's loss"""
     value_clip: float | None = None
     """the value may move this far from the rollout's in an update (off by default)"""
 
@@ -193,7 +193,7 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 
 
 def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
-    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` samples of the initial policy."""
+    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` rollouts of the initial policy."""
     file = run.folder / "pseudo_labels.json"
     labels = json.loads(file.read_text()) if file.exists() else {}
     if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
@@ -243,11 +243,6 @@ def by_length(mask: Tensor) -> Tensor:
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked tokens; what stands elsewhere, NaN included, has no part in it."""
-    return x[mask].mean()
 
 
 def token_weights(mask: Tensor) -> Tensor:
@@ -311,13 +306,9 @@ class Critic(nn.Module):
     def __init__(self, policy, args: Args):
         super().__init__()
         self.backbone = copy.deepcopy(policy.get_decoder()) if args.critic_backbone == "separate" else None
-        self.head = nn.Linear(policy.config.hidden_size, 1)
+        self.head = nn.Linear(policy.lm_head.in_features, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    def start_at(self, mean_return: float) -> None:
-        """Begin with the best constant."""
-        nn.init.constant_(self.head.bias, mean_return)
 
     def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
@@ -336,8 +327,6 @@ def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
         groups.append({"name": "critic", "params": list(critic.backbone.parameters()), "lr": args.critic_learning_rate})
     head = [p for name, p in critic.named_parameters() if not name.startswith("backbone.")]
     groups.append({"name": "head", "params": head, "lr": args.head_learning_rate})
-    for group in groups:
-        group["start_lr"] = group["lr"]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -520,13 +509,15 @@ def main(args: Args) -> None:
         policy, _ = load_policy(str(folder), device)
         critic.load_state_dict(state["critic"])
     optimizer = make_optimizer(policy, critic, args)
+    rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
     labels = {}
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
-        labels = majority_vote(reference, chat, task, visited, args, run)
+        with precision:
+            labels = majority_vote(reference, chat, task, visited, args, run)
     if start == 0:
         with precision:
             metrics, samples = evaluate(policy, chat, task, args)
@@ -536,8 +527,8 @@ def main(args: Args) -> None:
     for update in range(start + 1, args.updates + 1):
         began = time.perf_counter()
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
-        for group in optimizer.param_groups:
-            group["lr"] = fraction * group["start_lr"]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = fraction * rate
         policy.requires_grad_(update > args.critic_warmup)  # until then the critic trains alone
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
@@ -552,6 +543,7 @@ def main(args: Args) -> None:
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
         clean = [grade(task, e, e.problem.answer, args) for e in episodes]
+        # what the labels say, before the channel: the truth, or the majority's pseudo-label
         seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
         observed = observe(args, seen, [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
@@ -562,19 +554,15 @@ def main(args: Args) -> None:
         if args.truncated == "mask":
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
-        if not mask.any():
+        if mask.sum() < 2:
             stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
         if update == 1:
-            critic.start_at(observed.mean().item())
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # begin with the best constant
         with precision:
             batch |= score_tokens(policy, reference, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
         if args.kl_in == "reward":
             rewards = rewards - args.kl_coef * kl
-        errors = (observed - clean).unsqueeze(1)
-        zeros = torch.zeros_like(rewards)
-        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
         advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
         batch["advantages"] = whiten(advantages, mask)
@@ -584,20 +572,20 @@ def main(args: Args) -> None:
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
         history = []
         orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
-        for rows in [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]:
-            minibatch = take(batch, rows)
+        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        for minibatch in (take(batch, rows) for rows in minibatches):
             minibatch["weights"] = token_weights(minibatch["mask"])
             stats: dict[str, Tensor] = {}
             optimizer.zero_grad()
             for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
                 part = take(minibatch, micro)
-                mask, weights = part["mask"], part["weights"]
+                chosen, weights = part["mask"], part["weights"]
                 with precision:
-                    hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-                    targets = part["targets"][mask]
+                    hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                    targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                    values = critic.values(critic.features(part["inputs"], mask, hidden))
-                logprobs, entropy, values = (spread(x, mask) for x in (logprobs, entropy, values))
+                    values = critic.values(critic.features(part["inputs"], chosen, hidden))
+                logprobs, entropy, values = (spread(x, chosen) for x in (logprobs, entropy, values))
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
@@ -615,7 +603,6 @@ def main(args: Args) -> None:
                 norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                 stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
-                run.close()
                 numbers = {key: value.item() for key, value in stats.items()}
                 stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
             optimizer.step()
@@ -624,7 +611,9 @@ def main(args: Args) -> None:
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
-        mask = batch["mask"]
+        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
+        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -640,12 +629,12 @@ def main(args: Args) -> None:
             **channel_metrics(clean, observed),
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
-            "objective/entropy": masked_mean(batch["entropy"], mask).item(),
+            "objective/entropy": batch["entropy"][mask].mean().item(),
             **mean,
             "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
             "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
-            "critic/value_mean": masked_mean(batch["values"], mask).item(),
-            "critic/return_mean": masked_mean(observed_returns, mask).item(),
+            "critic/value_mean": batch["values"][mask].mean().item(),
+            "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
             "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
         }
@@ -658,10 +647,12 @@ def main(args: Args) -> None:
             metrics |= eval_metrics
             run.samples(update, samples)
         run.log(update, metrics)
-        if update % args.save_every == 0 or last or run.interrupt:
+        leaving = run.interrupt
+        if update % args.save_every == 0 or last or leaving:
             state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
-        run.leave_if_asked(update)
+        if leaving and not last:
+            run.leave(leaving, update)
 
     run.finish()
 

@@ -14,7 +14,7 @@ decoder's output at z = mu; the uncertain tokens are chosen once per update, whe
     python vrpo_math.py --beta 0.01 --token-ratio 0.8        # embedded model and data, 20 % of the rewards flipped
     python vrpo_math.py --bottleneck-layers 0 --lambda-ent 0 --lambda-ppl 0          # ablated down to PPO
     python vrpo_math.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k --dataset-config main \\
-        --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --micro-batch-size 8
+        --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --critic-learning-rate 5e-6 --micro-batch-size 8
 """
 
 import copy
@@ -151,7 +151,7 @@ class Args:
     critic_warmup: int = 0
     """first updates that train the critic alone"""
     value_coef: float = 1.0
-    """weight of the value loss"""
+    """weight of the critic's loss"""
     value_clip: float | None = None
     """the value may move this far from the rollout's in an update (off by default)"""
     # --- VRPO ---
@@ -211,7 +211,7 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 
 
 def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
-    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` samples of the initial policy."""
+    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` rollouts of the initial policy."""
     file = run.folder / "pseudo_labels.json"
     labels = json.loads(file.read_text()) if file.exists() else {}
     if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
@@ -261,11 +261,6 @@ def by_length(mask: Tensor) -> Tensor:
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked tokens; what stands elsewhere, NaN included, has no part in it."""
-    return x[mask].mean()
 
 
 def token_weights(mask: Tensor) -> Tensor:
@@ -332,7 +327,7 @@ class Critic(nn.Module):
         self.backbone = copy.deepcopy(policy.get_decoder()) if args.critic_backbone == "separate" else None
         # VRPO: h -> (mu, log sigma) -> z, once for every bottleneck layer. Starting near the prior keeps the KL's
         # gradient from drowning the value's.
-        width, self.encoders = policy.config.hidden_size, nn.ModuleList()
+        width, self.encoders = policy.lm_head.in_features, nn.ModuleList()
         for _ in range(args.bottleneck_layers):
             self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
             nn.init.normal_(self.encoders[-1].weight, std=0.3 * width**-0.5)
@@ -345,10 +340,6 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         # VRPO: the LM head that reads the critic's hidden states
         self.lm_head = copy.deepcopy(policy.lm_head).requires_grad_(args.lm_head == "learned")
-
-    def start_at(self, mean_return: float) -> None:
-        """Begin with the best constant."""
-        nn.init.constant_(self.head.bias, mean_return)
 
     def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
@@ -379,8 +370,6 @@ def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
     if args.lm_head == "learned":
         groups.append({"name": "lm_head", "params": list(critic.lm_head.parameters()), "lr": args.critic_learning_rate})
     groups.append({"name": "head", "params": head, "lr": args.head_learning_rate})
-    for group in groups:
-        group["start_lr"] = group["lr"]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -591,13 +580,15 @@ def main(args: Args) -> None:
         policy, _ = load_policy(str(folder), device)
         critic.load_state_dict(state["critic"])
     optimizer = make_optimizer(policy, critic, args)
+    rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
     labels = {}
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
-        labels = majority_vote(reference, chat, task, visited, args, run)
+        with precision:
+            labels = majority_vote(reference, chat, task, visited, args, run)
     if start == 0:
         with precision:
             metrics, samples = evaluate(policy, chat, task, args)
@@ -607,8 +598,8 @@ def main(args: Args) -> None:
     for update in range(start + 1, args.updates + 1):
         began = time.perf_counter()
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
-        for group in optimizer.param_groups:
-            group["lr"] = fraction * group["start_lr"]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = fraction * rate
         policy.requires_grad_(update > args.critic_warmup)  # until then the critic trains alone
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
@@ -623,6 +614,7 @@ def main(args: Args) -> None:
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
         clean = [grade(task, e, e.problem.answer, args) for e in episodes]
+        # what the labels say, before the channel: the truth, or the majority's pseudo-label
         seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
         observed = observe(args, seen, [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
@@ -633,20 +625,16 @@ def main(args: Args) -> None:
         if args.truncated == "mask":
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
-        if not mask.any():
+        if mask.sum() < 2:
             stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
         if update == 1:
-            critic.start_at(observed.mean().item())
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # begin with the best constant
         with precision:
             seed_torch(args.seed, "latent", update)  # VRPO: the latent samples of this update
             batch |= score_tokens(policy, reference, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
         if args.kl_in == "reward":
             rewards = rewards - args.kl_coef * kl
-        errors = (observed - clean).unsqueeze(1)
-        zeros = torch.zeros_like(rewards)
-        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
         advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
         batch["advantages"] = whiten(advantages, mask)
@@ -661,8 +649,8 @@ def main(args: Args) -> None:
         history = []
         beta = args.beta * min(1.0, update / args.beta_warmup)  # VRPO
         orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
-        for rows in [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]:
-            minibatch = take(batch, rows)
+        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        for minibatch in (take(batch, rows) for rows in minibatches):
             minibatch["weights"] = token_weights(minibatch["mask"])
             minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])  # VRPO
             minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])  # VRPO
@@ -670,17 +658,17 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
                 part = take(minibatch, micro)
-                mask, weights = part["mask"], part["weights"]
+                chosen, weights = part["mask"], part["weights"]
                 with precision:
-                    hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-                    targets = part["targets"][mask]
+                    hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                    targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
                     # VRPO: value, code and language model from one pass of the critic
-                    features = critic.features(part["inputs"], mask, hidden)
+                    features = critic.features(part["inputs"], chosen, hidden)
                     values, ib_kl, sigma = critic.values(features, samples=1)
                     critic_logprobs, critic_entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
-                logprobs, entropy, values = (spread(x, mask) for x in (logprobs, entropy, values))
-                critic_logprobs, critic_entropy = (spread(x, mask) for x in (critic_logprobs, critic_entropy))  # VRPO
+                logprobs, entropy, values = (spread(x, chosen) for x in (logprobs, entropy, values))
+                critic_logprobs, critic_entropy = (spread(x, chosen) for x in (critic_logprobs, critic_entropy))  # VRPO
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
@@ -688,8 +676,8 @@ def main(args: Args) -> None:
                 losses["losses/value"] = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
                 losses["losses/value"] /= return_variance
                 # VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl
-                losses["vrpo/ib_kl"] = weighted_sum(spread(ib_kl, mask), weights)
-                losses["vrpo/latent_std"] = weighted_sum(spread(sigma, mask), weights).detach()
+                losses["vrpo/ib_kl"] = weighted_sum(spread(ib_kl, chosen), weights)
+                losses["vrpo/latent_std"] = weighted_sum(spread(sigma, chosen), weights)
                 losses["vrpo/entropy_aux"], losses["vrpo/perplexity_aux"] = semantic_losses(
                     critic_entropy, critic_logprobs, part["entropy_weights"], part["perplexity_weights"]
                 )
@@ -707,7 +695,6 @@ def main(args: Args) -> None:
                 norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                 stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
-                run.close()
                 numbers = {key: value.item() for key, value in stats.items()}
                 stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
             optimizer.step()
@@ -716,7 +703,9 @@ def main(args: Args) -> None:
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
-        mask = batch["mask"]
+        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
+        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -732,15 +721,15 @@ def main(args: Args) -> None:
             **channel_metrics(clean, observed),
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
-            "objective/entropy": masked_mean(batch["entropy"], mask).item(),
+            "objective/entropy": batch["entropy"][mask].mean().item(),
             **mean,
             "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
             "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
-            "critic/value_mean": masked_mean(batch["values"], mask).item(),
-            "critic/return_mean": masked_mean(observed_returns, mask).item(),
+            "critic/value_mean": batch["values"][mask].mean().item(),
+            "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
             "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
-            "vrpo/active_tokens": masked_mean(active.float(), mask).item(),  # VRPO
+            "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
         }
 
         # --- 9.6 evaluate and checkpoint ---
@@ -751,10 +740,12 @@ def main(args: Args) -> None:
             metrics |= eval_metrics
             run.samples(update, samples)
         run.log(update, metrics)
-        if update % args.save_every == 0 or last or run.interrupt:
+        leaving = run.interrupt
+        if update % args.save_every == 0 or last or leaving:
             state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
-        run.leave_if_asked(update)
+        if leaving and not last:
+            run.leave(leaving, update)
 
     run.finish()
 

@@ -128,6 +128,28 @@ def test_a_template_that_ends_turns_with_text_after_eos(tokenizer, tiny_model):
     assert other.decode(chat.user_turn_ids("Now 3")) == "\n<|user|>Now 3<|end|>\n<|assistant|>"
 
 
-def test_pad_falls_back_to_eos():
-    chat = Chat(SimpleNamespace(pad_token_id=None), [3, 9])
-    assert chat.pad_id == 3
+def test_rows_are_filled_with_eos():
+    """A pad token that was added to the tokenizer may lie outside the model's embedding."""
+    assert Chat(SimpleNamespace(pad_token_id=99999), [3, 9]).pad_id == 3
+
+
+def test_logits_that_are_rescaled_behind_the_head_are_refused(tmp_path, tokenizer):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, logits_scaling=8.0, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=1.0,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="the logits of GraniteForCausalLM are not lm_head"):
+        load_policy(str(tmp_path), torch.device("cpu"))
+
+
+def test_devices():
+    from utils.models import pick_device
+
+    assert pick_device("cpu").type == "cpu"
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(SystemExit, match=f"--device {name}: not available here"):
+            pick_device(name)

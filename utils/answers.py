@@ -34,8 +34,11 @@ def extract(text: str) -> str | None:
         return found.strip() or None
     stated = re.findall(r"answer(?: is|:)\s*:?\s*([^\n]+)", text, flags=re.IGNORECASE)
     if stated:
-        numbers = NUMBER.findall(stated[-1])
-        return numbers[0] if numbers else stated[-1].strip().rstrip(".") or None
+        claim = stated[-1].strip().strip("*$ ").rstrip(".")
+        number = re.match(
+            rf"({NUMBER.pattern})(?=$|[.,;:!]?\s|[.!]$)", claim
+        )  # "19. I checked it" is 19; "3x+2" is not 3
+        return number[1] if number and not re.match(r"\s*[-+*/^=(]", claim[number.end() :]) else claim or None
     numbers = NUMBER.findall(text)
     return numbers[-1] if numbers else None
 

@@ -11,20 +11,19 @@ from utils.errors import stop
 
 disable_progress_bar()
 set_verbosity_error()
-# Fields of a config with which a model rescales its logits after the LM head; the scripts apply the head themselves.
-LOGIT_RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class Chat:
     """Text to tokens and back in a model's own chat format, or as `Question: ... Answer:` where it has none.
 
-    Attributes: `eos_ids`, every token id that ends a turn; `pad_id`, the id that fills rows (it may equal an EOS id).
+    Attributes: `eos_ids`, every token id that ends a turn; `pad_id`, the id that fills rows. It is an EOS id, which every model
+    has an embedding for; padding is never in a mask, so what fills it does not matter.
     """
 
     def __init__(self, tokenizer, eos_ids: list[int]):
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+        self.pad_id = eos_ids[0]
 
     def prompt_ids(self, text: str) -> list[int]:
         """Tokens of a conversation's first user message, up to where the model's answer begins."""
@@ -59,19 +58,29 @@ def load_policy(name: str, device: torch.device) -> tuple[PreTrainedModel, Chat]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         stop(f"--model {name}: could not be loaded ({first_line(error)})")
-    for field in LOGIT_RESCALING:
-        if getattr(model.config, field, None) not in (None, 1, 1.0):
-            stop(f"--model {name}: its config has {field}, and the scripts apply the LM head without rescaling")
-    if not hasattr(model, "lm_head"):
-        stop(f"--model {name}: {type(model).__name__} has no lm_head, which the scripts apply themselves")
     eos_ids = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
     eos_ids = sorted({i for x in eos_ids if x is not None for i in (x if isinstance(x, list) else [x])})
     if not eos_ids:
         stop(f"--model {name}: neither its generation config nor its tokenizer names an EOS token")
-    model.generation_config = GenerationConfig()  # nothing inherited: a model's own top-k would bias the ratios
+    check_head(model, name, eos_ids)
+    # nothing but EOS is inherited: a model's own top-k or repetition penalty would bias the ratios
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
     return model.to(device).eval(), Chat(tokenizer, eos_ids)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, name: str, ids: list[int]) -> None:
+    """Stop unless the model's logits are lm_head(hidden states): the scripts apply the head themselves, to chosen tokens only."""
+    tokens = torch.tensor([ids[:1] * 4])
+    if hasattr(model, "lm_head"):
+        ours = model.lm_head(model.eval().get_decoder()(input_ids=tokens).last_hidden_state)
+        if torch.allclose(ours, model(input_ids=tokens).logits, rtol=1e-3, atol=1e-3):
+            return
+    stop(
+        f"--model {name}: the logits of {type(model).__name__} are not lm_head(hidden states), as the scripts compute them"
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -82,6 +91,7 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        stop("--device cuda: torch sees no CUDA device here")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        stop(f"--device {name}: not available here ({first_line(error)})")

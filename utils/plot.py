@@ -58,6 +58,8 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
     varied = {k for f in flags_of for k in f if any(k in g and g[k] != f[k] for g in flags_of)} - {"script"}
     panels = {key: title for key, title in panels.items() if any(s.get(key) for g in groups.values() for _, s in g)}
     colors = [f"C{i}" for i in range(len(groups))]  # a method keeps its colour where it has no curve in a panel
+    if not panels:
+        stop("none of these metrics is in any of the runs")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained")

@@ -1,5 +1,6 @@
 """A run's directory and everything that is written to it or shown of it: flags, metrics, samples, progress, W&B."""
 
+import atexit
 import csv
 import dataclasses
 import json
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -82,7 +83,7 @@ class Run:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
-        (self.folder / "args.json").write_text(json.dumps({"script": script, **flags}, indent=1))
+        write_atomically(self.folder / "args.json", json.dumps({"script": script, **flags}, indent=1))
         self.rows: list[dict[str, Any]] = []
         self.console = Console(highlight=False)
         self.progress = Progress(
@@ -107,6 +108,7 @@ class Run:
                 project=args.wandb_project, name=self.folder.name, config=flags, dir=str(self.folder)
             )
         self.progress.start()
+        atexit.register(self.progress.stop)  # whatever ends the run, the terminal gets its cursor back
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
@@ -115,12 +117,11 @@ class Run:
         self.interrupt = number
         self.print(f"{signal.Signals(number).name}: this update will finish and be saved (once more to leave at once)")
 
-    def leave_if_asked(self, update: int) -> None:
-        """After a saved update: leave with a clear line if a signal has asked for it."""
-        if self.interrupt is not None:
-            self.close()
-            self.print(f"stopped after update {update}, saved; continue with --resume {self.folder}")
-            sys.exit(128 + self.interrupt)
+    def leave(self, number: int, update: int) -> NoReturn:
+        """After a saved update: leave with a clear line, as signal `number` has asked."""
+        self.close()
+        self.print(f"stopped after update {update}, saved; continue with --resume {self.folder}")
+        sys.exit(128 + number)
 
     def rewind(self, update: int) -> None:
         """Forget rows and samples of later updates, and with 0 those of the start too: a resumed run writes them anew."""

@@ -3,6 +3,7 @@
 import os
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -28,6 +29,12 @@ class Problem:
     prompt_ids: list[int]
 
 
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The permutation of range(size) in which an epoch visits the problems."""
+    return random.Random(f"{seed} order {epoch}").sample(range(size), size)
+
+
 class MathTask:
     """Questions with one final answer.
 
@@ -43,8 +50,7 @@ class MathTask:
         problems = []
         for position in range((update - 1) * size, update * size):
             epoch, index = divmod(position, len(self.train))
-            order = random.Random(f"{seed} order {epoch}").sample(range(len(self.train)), len(self.train))
-            problems.append(self.train[order[index]])
+            problems.append(self.train[epoch_order(seed, epoch, len(self.train))[index]])
         return problems
 
     def grade(self, completion: str, answer: str) -> float:
