@@ -64,6 +64,32 @@ def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, shell,
     assert read_samples(killed) == read_samples(whole)
 
 
+def test_flags_given_with_resume_override_the_saved_ones(command, shell, run_main, tmp_path):
+    """More updates at another learning rate, which the optimizer's saved state must not bring back."""
+    folder = run_main("ppo_baseline", learning_rate=1e-4)
+    words = [sys.executable, str(ROOT / "ppo_baseline.py"), "--resume", str(folder)]
+    done = shell([*words, "--updates", "3", "--learning-rate", "5e-5"])
+    assert done.returncode == 0, done.stderr
+    assert pd.read_csv(folder / "metrics.csv")["charts/learning_rate"].tolist()[1:] == [1e-4, 1e-4, 5e-5]
+
+
+def test_a_saved_policy_stops_at_eos_and_starts_another_run(run_main, tmp_path):
+    from transformers import GenerationConfig
+
+    policy = run_main("grpo_baseline") / "checkpoints" / "000002" / "policy"
+    assert GenerationConfig.from_pretrained(policy).eos_token_id == [1]
+    assert run_main("vrpo_math", model=str(policy), run_name="second").exists()
+
+
+def test_a_base_model_without_chat_template(run_main, tiny_model, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    frame = pd.read_csv(run_main("vrpo_math", model=str(tmp_path / "base")) / "metrics.csv")
+    assert frame["losses/policy"][1:].notna().all()
+
+
 def test_resume_before_the_first_checkpoint_starts_over(run_main, tmp_path):
     whole = run_main("grpo_baseline")
     import shutil
@@ -202,6 +228,7 @@ def test_every_number_flag_of_vrpo_matters(run_main):
     plain = read_metrics(run_main("vrpo_math", run_name="base", **base))
     assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
     for i, flags in enumerate((
+        {"beta_warmup": 1}, {"critic_warmup": 1}, {"critic_backbone": "shared"},
         {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
         {"lambda_ppl": 0.0}, {"lm_head": "learned"}, {"gamma": 0.9}, {"gae_lambda": 0.5}, {"critic_lambda": 0.5},
         {"critic_learning_rate": 1e-2}, {"head_learning_rate": 1e-2}, {"value_coef": 0.1}, {"value_clip": 0.01},

@@ -108,7 +108,7 @@ class Run:
                 project=args.wandb_project, name=self.folder.name, config=flags, dir=str(self.folder)
             )
         self.progress.start()
-        atexit.register(self.progress.stop)  # whatever ends the run, the terminal gets its cursor back
+        atexit.register(self.stop_progress)  # whatever ends the run, the terminal gets its cursor back
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
@@ -173,8 +173,12 @@ class Run:
         start, last, peak = accuracy[0], accuracy[-1], max(accuracy)
         self.print(f"clean held-out accuracy: start {start:.3f}, last {last:.3f}, peak {peak:.3f}")
 
+    def stop_progress(self) -> None:
+        if self.progress.live.is_started:
+            self.progress.stop()
+
     def close(self) -> None:
-        self.progress.stop()
+        self.stop_progress()
         if self.wandb:
             self.wandb.finish()
 
