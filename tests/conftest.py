@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,11 @@ def run_main(monkeypatch, tmp_path, small_flags):
         module.main(module.Args(**flags))
         return tmp_path / "runs" / flags["run_name"]
 
-    return run
+    cleanups: list = []
+    monkeypatch.setattr("utils.run.atexit.register", lambda f, *a, **k: cleanups.append(partial(f, *a, **k)))
+    yield run
+    for cleanup in cleanups:
+        cleanup()
 
 
 @pytest.fixture
