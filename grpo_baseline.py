@@ -460,7 +460,9 @@ def main(args: Args) -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped {task.dropped}")
+    run.print(
+        f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped: {task.dropped or 0}"
+    )
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
