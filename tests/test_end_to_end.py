@@ -57,7 +57,7 @@ def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, shell,
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     with (killed / "samples.jsonl").open("a") as file:
         file.write('{"update": 6, "torn')  # a line that was being written
-    (killed / "checkpoints" / "tmp-000006").mkdir()  # and a checkpoint
+    (killed / "checkpoints" / "tmp-000006").mkdir(exist_ok=True)  # and a checkpoint
     done = shell([sys.executable, str(ROOT / f"{name}.py"), "--resume", str(killed)])
     assert done.returncode == 0, done.stderr
     assert read_metrics(killed) == read_metrics(whole)
