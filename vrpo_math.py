@@ -33,6 +33,7 @@ from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.errors import stop
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device
+from utils.reward_model import load_reward_model
 from utils.run import Run, check_ranges, parse_args, peak_memory_gb, write_atomically
 from utils.tasks import load_task
 
@@ -57,6 +58,8 @@ class Args:
     wandb_project: str = "vrpo"
     """project name on Weights & Biases"""
     # --- the task ---
+    task: Literal["math", "dialogue"] = "math"
+    """math, or task-oriented dialogue with a simulated user; the defaults of some flags go with it"""
     model: str = "assets/tiny_math"
     """policy at the start and frozen reference: a Hugging Face folder or hub id"""
     dataset: str = "assets/data/tiny_math"
@@ -73,6 +76,8 @@ class Args:
     """column of the reference, bare or ending in `#### n` or a box; default: the first of answer, solution, ..."""
     prompt_template: str = "{question}"
     """the user message around the question"""
+    schema: Path = Path("assets/data/tiny_dialogue")
+    """dialogue: a folder in the format of Schema-Guided Dialogue, with a folder for each split or for both"""
     max_prompt_tokens: int = 128
     """problems with longer prompts are counted and dropped"""
     # --- rollout ---
@@ -83,7 +88,7 @@ class Args:
     samples_per_prompt: int = 4
     """episodes for each of them (a group, for the methods and noise channels that have groups)"""
     max_turns: int = 1
-    """answers in an episode; before every further one the user asks to check the work; the last one is graded"""
+    """answers in an episode, at most; in math the user asks to check the work before every further one"""
     max_new_tokens: int = 48
     """tokens of one answer, EOS included"""
     temperature: float = 1.0
@@ -92,11 +97,15 @@ class Args:
     """an answer without EOS is wrong (0), is graded as it stands, or is graded and left out of every loss"""
     rollout_batch_size: int = 256
     """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
-    # --- reward noise ---
+    # --- reward and its noise ---
+    reward_model: str | None = None
+    """a sequence-classification model whose scores replace the clean reward: a Hugging Face folder or a hub id"""
+    reward_per: Literal["episode", "turn"] = "episode"
+    """the reward model's score at the end of the episode, or at the end of every turn what the turn adds to it"""
     noise: Literal[
         "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote"
     ] = "symmetric"  # fmt: skip
-    """channel between the clean reward and the one the optimiser sees"""
+    """channel between the clean reward, or the reward model's score, and the one that the optimiser sees"""
     noise_rate: float = 0.2
     """probability of an error: symmetric, persistent, group, length"""
     false_negative_rate: float = 0.2
@@ -179,7 +188,7 @@ class Args:
 
 
 def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
-    """The observed rewards of a batch: every clean reward (0 or 1) through the channel `--noise`.
+    """The observed rewards of a batch: every clean reward (0 or 1), or score on that scale, through the channel `--noise`.
 
     `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
     `persistent` errs on the same prompts in every update and `group` on whole prompts of this update.
@@ -203,6 +212,14 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
     return observed
 
 
+def on_reward_scale(raw: Tensor, scale: tuple[float, float] | None) -> tuple[Tensor, tuple[float, float]]:
+    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2, so that they are on the scale
+    of the rewards 0 and 1; NaN, where an episode has no such turn, becomes 0. `scale`, the mean and deviation of raw final
+    scores, comes from the first batch and is kept (None: take it from this one)."""
+    mean, deviation = scale or (raw[:, -1].mean().item(), raw[:, -1].std(correction=0).item())
+    return (0.5 + 0.5 * (raw - mean) / max(deviation, 1e-6)).nan_to_num(0.0), (mean, deviation)
+
+
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
     right, says_right = clean > 0.5, observed > 0.5
@@ -222,7 +239,7 @@ def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> d
     for episode in rollout(policy, chat, task, problems * args.vote_samples, args, args.temperature):
         votes[episode.problem.key][task.final_answer(episode.completions[-1])] += 1
     labels |= {key: count.most_common(1)[0][0] for key, count in votes.items()}
-    accuracy = sum(task.grade(f"#### {labels[p.key]}", p.answer) for p in problems) / len(problems)
+    accuracy = sum(task.grade([f"#### {labels[p.key]}"], p.answer) for p in problems) / len(problems)
     run.print(f"majority vote: label accuracy {accuracy:.3f}")
     write_atomically(file, json.dumps(labels))
     return labels
@@ -278,12 +295,15 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - x[mask].mean()) / (x[mask].std() + 1e-8), 0.0)
 
 
+def turn_ends(mask: Tensor) -> Tensor:
+    """(B, T) bool: the last token of every turn. It is the EOS, which the policy chose too, unless the turn was cut off."""
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
 def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores (B, K) of the last K turns of each episode, the last turn's in the last column, as rewards (B, T) on the last
-    tokens of those turns. The policy chose the EOS that ends a turn, so EOS carries the score; a truncated turn carries it on
-    its last token."""
-    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    ends = mask & ~following
+    tokens of those turns."""
+    ends = turn_ends(mask)
     turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
     scored = ends & (turns_to_go < scores.shape[1])
     return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
@@ -427,11 +447,22 @@ def rollout(policy, chat, task, problems: list, args: Args, temperature: float) 
     return episodes
 
 
-def grade(task, episode: Episode, answer: str, args: Args) -> float:
-    """The reward of an episode: whether its last answer is right; one cut off is wrong unless --truncated says otherwise."""
-    if not episode.finished and args.truncated == "wrong":
-        return 0.0
-    return task.grade(episode.completions[-1], answer)
+def judged(episode: Episode, args: Args) -> list[str]:
+    """The answers of an episode as they are judged: one that was cut off is empty unless --truncated says otherwise."""
+    cut_off = args.truncated == "wrong" and not episode.finished
+    return [*episode.completions[:-1], ""] if cut_off else episode.completions
+
+
+def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], every: int) -> list[dict]:
+    """What was said in every `every`th episode, with reward and value at the end of each turn, and the true outcome."""
+    rows = []
+    for i in range(0, len(episodes), every):
+        episode = episodes[i]
+        ends = turn_ends(batch["mask"][i : i + 1])[0]
+        row = {"messages": task.messages(episode.problem, episode.completions), "rewards": rewards[i][ends].tolist()}
+        row["outcome"] = task.measure([(episode.problem, episode.completions)])
+        rows.append(row | {key: batch[key][i][ends].tolist() for key in ("values",) if key in batch})
+    return rows
 
 
 @torch.no_grad()
@@ -546,16 +577,14 @@ def semantic_losses(
 
 
 def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """Greedy accuracy on clean held-out problems, and the completions behind it."""
+    """The task's own measures on clean held-out problems, answered greedily, and the completions behind them."""
     episodes = rollout(policy, chat, task, task.test[: args.eval_size], args, temperature=0.0)
-    right = [grade(task, e, e.problem.answer, args) for e in episodes]
-    metrics = {
-        "eval/accuracy": sum(right) / len(right),
-        "eval/response_length": sum(sum(e.chosen) for e in episodes) / len(episodes),
-    }
+    outcomes = task.measure([(e.problem, judged(e, args)) for e in episodes])
+    metrics = {f"eval/{name}": value for name, value in outcomes.items()}
+    metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
     samples = [
-        {"question": e.problem.key, "completion": e.completions[-1], "reference": e.problem.answer, "right": r}
-        for e, r in zip(episodes, right, strict=True)
+        {**task.show(e.problem, e.completions), "right": task.grade(judged(e, args), e.problem.answer)}
+        for e in episodes
     ]
     return metrics, samples
 
@@ -565,10 +594,15 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
 
 def main(args: Args) -> None:
     check_ranges(args)
+    if args.reward_per == "turn" and not args.reward_model:
+        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
+    if args.noise == "majority-vote" and args.task == "dialogue":
+        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math")
     device = pick_device(args.device)
     policy, chat = load_policy(args.model, device)
     task = load_task(args, chat)
     reference = copy.deepcopy(policy).requires_grad_(False)
+    judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -586,7 +620,7 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels = {}
+    labels, scale = {}, state["scale"] if start else None  # of the reward model's scores: the first batch's
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         with precision:
@@ -615,13 +649,22 @@ def main(args: Args) -> None:
 
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
-        clean = [grade(task, e, e.problem.answer, args) for e in episodes]
-        # what the labels say, before the channel: the truth, or the majority's pseudo-label
-        seen = [grade(task, e, labels[e.problem.key], args) for e in episodes] if labels else clean
-        observed = observe(args, seen, [p.key for p in problems], lengths, update)
-        clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
+        clean = [task.grade(judged(e, args), e.problem.answer) for e in episodes]
         finished = torch.tensor([e.finished for e in episodes], device=device)
-        rewards = place_rewards(observed.unsqueeze(1), batch["mask"])
+        if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
+            with precision:
+                raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
+            scores, scale = on_reward_scale(raw, scale)
+            if args.truncated == "wrong":
+                scores[~finished, -1] = 0.0
+        else:
+            seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
+            scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
+        observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
+        clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
+        scores[:, -1] = observed
+        gains = scores.diff(dim=1, prepend=torch.zeros_like(scores[:, :1]))  # what each turn adds; they sum to observed
+        rewards = place_rewards(gains, batch["mask"])
 
         # --- 9.3 advantages ---
         if args.truncated == "mask":
@@ -712,6 +755,7 @@ def main(args: Args) -> None:
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
             "charts/response_length": sum(lengths) / len(lengths),
+            "charts/turns": sum(len(e.completions) for e in episodes) / len(episodes),
             "charts/eos_rate": finished.float().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/peak_memory_gb": peak_memory_gb(device),
@@ -721,6 +765,10 @@ def main(args: Args) -> None:
             "reward/observed": observed.mean().item(),
             "reward/clean": clean.mean().item(),
             **channel_metrics(clean, observed),
+            **{
+                f"sampled/{name}": x
+                for name, x in task.measure([(e.problem, judged(e, args)) for e in episodes]).items()
+            },
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
@@ -741,10 +789,11 @@ def main(args: Args) -> None:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics
             run.samples(update, samples)
+            run.transcripts(update, transcripts(task, episodes, rewards, batch, args.samples_per_prompt))
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict(), "scale": scale}
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

@@ -66,6 +66,15 @@ def small_flags(tiny_model, tiny_data) -> dict:
 
 
 @pytest.fixture
+def dialogue_flags() -> dict:
+    """Flags that turn the small run into one with the embedded assistant, user and reward model."""
+    return {
+        "task": "dialogue", "model": str(ROOT / "assets" / "tiny_dialogue"), "schema": ROOT / "assets" / "data" / "tiny_dialogue",
+        "reward_model": str(ROOT / "assets" / "tiny_reward"), "noise": "none", "max_turns": 6, "max_new_tokens": 40, "eval_size": 6,
+    }  # fmt: skip
+
+
+@pytest.fixture
 def run_main(monkeypatch, tmp_path, small_flags):
     """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns the run's folder.
     `plot=True` draws the curves too."""

@@ -261,3 +261,108 @@ def test_plot_groups_seeds(run_main, shell, tmp_path):
     assert read_run(runs[0])[1]["eval/accuracy"].keys() == {0.0, 8.0, 16.0}
     with pytest.raises(SystemExit, match="not a run directory"):
         plot_runs([Path("nowhere")], tmp_path / "x.png")
+
+
+# --- dialogue ---
+
+WITH_DIALOGUE = (*SCRIPTS, "vrpo_dialogue")
+
+
+def read_transcripts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+
+
+def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags, capsys):
+    """Two updates each: the field's metrics, rewards that sum to the reward model's score, the same dialogues in update 1."""
+    first = {}
+    for name in WITH_DIALOGUE:
+        folder = run_main(name, plot=name == "vrpo_dialogue", **dialogue_flags)
+        frame = pd.read_csv(folder / "metrics.csv")
+        assert {"eval/tcr", "eval/acr", "eval/gcr", "eval/average", "eval/tcr_unseen", "sampled/impatient"} <= set(
+            frame
+        )
+        assert frame["eval/average"].between(0, 1).all() and frame["losses/policy"][1:].notna().all()
+        assert frame["charts/turns"][1] > 1
+        assert frame["reward/observed"][1] == pytest.approx(0.5, abs=1e-5), "scaled by the first batch"
+        assert not any("accuracy" in column for column in frame)
+        rows = read_transcripts(folder)
+        assert [row["update"] for row in rows] == [1] * 4 + [2] * 4
+        for row in rows:
+            turns = [m for m in row["messages"] if m["role"] == "assistant"]
+            assert len(turns) == len(row["rewards"]) == len(row.get("values", row["rewards"])) <= 6
+            assert row["rewards"][:-1] == [0.0] * (len(turns) - 1)
+        assert ("values" in rows[0]) == (name != "grpo_baseline")
+        first[name] = [(row["messages"], row["rewards"]) for row in rows[:4]]
+    assert all(rows == first["ppo_baseline"] for rows in first.values())
+    import utils.dialogue as viewer
+
+    capsys.readouterr()
+    viewer.main(viewer.Args(sample=folder, count=2))
+    text = capsys.readouterr().out
+    assert text.count("tcr") == 2 and "reward" in text and "value" in text and "call(" in text
+
+
+def test_a_reward_model_for_every_turn_and_resume(run_main, dialogue_flags, tmp_path):
+    """What the turns add sums to the score of the dialogue; the scale of the scores survives a resume."""
+    import shutil
+
+    flags = {**dialogue_flags, "updates": 3}
+    whole = run_main("vrpo_dialogue", reward_per="turn", run_name="whole", **flags)
+    final = run_main("vrpo_dialogue", run_name="final", **flags)
+    for turn, episode in zip(read_transcripts(whole)[:4], read_transcripts(final)[:4], strict=True):
+        assert turn["messages"] == episode["messages"]
+        assert sum(turn["rewards"]) == pytest.approx(sum(episode["rewards"]), abs=1e-5)
+        assert len(turn["rewards"]) == 1 or any(turn["rewards"][:-1])
+    part = tmp_path / "runs" / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "000003")
+    run_main("vrpo_dialogue", reward_per="turn", resume=part, **flags)
+    assert read_metrics(part) == read_metrics(whole)
+    assert read_samples(part) == read_samples(whole) and read_transcripts(part) == read_transcripts(whole)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_reward_model_for_answers_to_questions_with_noise_on_top(name, run_main, dialogue_flags):
+    reward_model = dialogue_flags["reward_model"]
+    frame = pd.read_csv(run_main(name, reward_model=reward_model, noise="gaussian", **EMBEDDED) / "metrics.csv")
+    assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1] != pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
+    flags = {**dialogue_flags, "reward_model": None}
+    frame = pd.read_csv(run_main("ppo_baseline", **flags) / "metrics.csv")
+    assert (frame["reward/observed"] == frame["reward/clean"])[1:].all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reward_per": "turn", "reward_model": None}, "only a reward model judges turns"),
+        ({"noise": "majority-vote"}, "no final answer to vote on"),
+        ({"schema": Path("nowhere")}, "--schema nowhere: no such folder"),
+        ({"train_split": "dev"}, "there is no .*dev"),
+        ({"reward_model": "./nowhere"}, "--reward-model ./nowhere: could not be loaded"),
+    ],
+)
+def test_bad_input_of_dialogues(flags, message, run_main, dialogue_flags):
+    with pytest.raises(SystemExit, match=message):
+        run_main("ppo_baseline", **{**dialogue_flags, **flags})
+
+
+def test_the_task_brings_its_defaults(monkeypatch):
+    import importlib
+
+    from utils.run import parse_args
+
+    def parse(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        return parse_args(importlib.import_module(name).Args, None)
+
+    dialogue = parse("ppo_baseline", "--task", "dialogue", "--seed", "3")
+    assert dialogue.model == "assets/tiny_dialogue" and dialogue.noise == "none" and dialogue.seed == 3
+    assert parse("ppo_baseline", "--task=dialogue", "--model", "x").model == "x"
+    assert parse("ppo_baseline").model == "assets/tiny_math" and parse("ppo_baseline").noise == "symmetric"
+    assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args()
+    assert parse("vrpo_dialogue", "--task", "math").reward_model is None
+    with pytest.raises(SystemExit):
+        parse("ppo_baseline", "--task", "chess")

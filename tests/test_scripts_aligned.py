@@ -2,16 +2,26 @@
 
 import ast
 import difflib
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from utils.dialogue import DialogueTask
+from utils.goals import DOMAINS
+from utils.problems import Problem
+from utils.tasks import MathTask
+
 ROOT = Path(__file__).resolve().parent.parent
-PARENT = "ppo_baseline"
-# child: (share of the parent's lines that it keeps, hunks), at least and at most
-BUDGETS = {"vrpo_math": (0.90, 30), "grpo_baseline": (0.80, 30)}
-MARK = {"vrpo_math": "VRPO:", "grpo_baseline": "GRPO:"}
+FAMILY = ("ppo_baseline", "grpo_baseline", "vrpo_math", "vrpo_dialogue")
+# child: its parent, the share of the parent's lines that it keeps at least, its hunks at most
+BUDGETS = {
+    "vrpo_math": ("ppo_baseline", 0.90, 30),
+    "grpo_baseline": ("ppo_baseline", 0.80, 30),
+    "vrpo_dialogue": ("vrpo_math", 0.93, 20),
+}
+MARK = {"vrpo_math": "VRPO", "grpo_baseline": "GRPO", "vrpo_dialogue": "dialogue"}
 # Top-level units that bear the same name in parent and child and differ, with the reason.
 INTENDED_DIFFS = {
     ("vrpo_math", "Args"): "the method's own flags",
@@ -23,6 +33,7 @@ INTENDED_DIFFS = {
     ("grpo_baseline", "token_weights"): "three ways to average over tokens",
     ("grpo_baseline", "make_optimizer"): "no critic",
     ("grpo_baseline", "score_tokens"): "no critic",
+    ("vrpo_dialogue", "Args"): "the defaults that go with the task",
     ("grpo_baseline", "main"): "group advantages in place of values and GAE",
 }
 
@@ -56,7 +67,7 @@ def hunks(parent: str, child: str) -> list[tuple[list[str], list[str], int]]:
 
 @pytest.mark.parametrize("child", BUDGETS)
 def test_same_named_units_are_identical_unless_intended(child):
-    parent, own = units(PARENT), units(child)
+    parent, own = units(BUDGETS[child][0]), units(child)
     differing = {name for name in parent.keys() & own.keys() if parent[name] != own[name]}
     intended = {name for script, name in INTENDED_DIFFS if script == child}
     assert differing - intended == set(), "changed in one script only"
@@ -68,26 +79,38 @@ def test_same_banners(child):
     def banners(name):
         return re.findall(r"^# ==== (\d\. .*?) =+$", source(name), flags=re.M)
 
-    assert len(banners(PARENT)) == 9
-    assert banners(child) == banners(PARENT)
+    assert len(banners(child)) == 9
+    assert banners(child) == banners(BUDGETS[child][0])
 
 
 @pytest.mark.parametrize("child", BUDGETS)
 def test_same_shared_args(child):
-    assert shared_args(child) == shared_args(PARENT)
+    """But for the defaults of vrpo_dialogue.py, which are those that `--task dialogue` gives to the others."""
+    from utils.tasks import DEFAULTS
+
+    parent = shared_args(BUDGETS[child][0])
+    if child == "vrpo_dialogue":
+        modules = [importlib.import_module(name) for name in ("vrpo_math", "vrpo_dialogue")]
+        plain, own = (vars(module.Args()) for module in modules)
+        assert own == plain | {"task": "dialogue"} | DEFAULTS["dialogue"]
+        assert plain == plain | DEFAULTS["math"] and DEFAULTS["math"].keys() == DEFAULTS["dialogue"].keys()
+        changed = difflib.unified_diff(parent.splitlines(), shared_args(child).splitlines(), n=0, lineterm="")
+        assert len([line for line in changed if line.startswith("+ ")]) == 1 + len(DEFAULTS["dialogue"])
+    else:
+        assert shared_args(child) == parent
 
 
 def test_vrpo_has_every_flag_of_ppo():
-    assert units("vrpo_math")["Args"].startswith(units(PARENT)["Args"])
+    assert units("vrpo_math")["Args"].startswith(units("ppo_baseline")["Args"])
 
 
 @pytest.mark.parametrize("child", BUDGETS)
 def test_diff_budget(child):
-    share, most = BUDGETS[child]
-    total = len(source(PARENT).splitlines())
-    changed = hunks(PARENT, child)
+    parent, share, most = BUDGETS[child]
+    total = len(source(parent).splitlines())
+    changed = hunks(parent, child)
     kept = 1 - sum(len(old) for old, _, _ in changed) / total
-    print(f"{PARENT} -> {child}: {kept:.1%} of {total} lines kept, {len(changed)} hunks")
+    print(f"{parent} -> {child}: {kept:.1%} of {total} lines kept, {len(changed)} hunks")
     assert kept >= share and len(changed) <= most
 
 
@@ -97,21 +120,21 @@ def test_every_added_hunk_below_the_args_is_labelled(child):
     lines = source(child).splitlines()
     begins = next(i for i, line in enumerate(lines) if line.startswith("# ==== 4."))
     unlabelled = []
-    for _, new, position in hunks(PARENT, child):
+    for _, new, position in hunks(BUDGETS[child][0], child):
         new_code = [line for line in new if line.strip()]
         if position > begins and new_code:
             near = "\n".join([*lines[max(0, position - 2) : position], *new])
-            if MARK[child].rstrip(":") not in near:
+            if MARK[child] not in near:
                 unlabelled.append((position + 1, new[:3]))
     assert not unlabelled
 
 
-@pytest.mark.parametrize("name", [PARENT, *BUDGETS])
+@pytest.mark.parametrize("name", FAMILY)
 def test_readable_size(name):
     """A reader can hold the script in mind: its length, its nesting, its share of comments and docstrings."""
     text = source(name)
     lines = text.splitlines()
-    assert len(lines) <= 765
+    assert len(lines) <= 810
     depth = max(
         (len(line) - len(line.lstrip())) // 4
         for line in lines
@@ -127,16 +150,25 @@ def test_readable_size(name):
 
 def test_utils_import_no_script():
     for file in (ROOT / "utils").glob("*.py"):
-        for name in [PARENT, *BUDGETS]:
+        for name in FAMILY:
             assert not re.search(rf"\b(import|from) {name}\b", file.read_text()), f"{file.name} imports {name}"
+
+
+def measured() -> set[str]:
+    """The names that the tasks' `measure` returns, those of single domains excepted."""
+    dialogue = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
+    math = MathTask([], [Problem("q", "1", [])], {})
+    names = set(dialogue.measure([(p, []) for p in dialogue.test[:6]])) | set(math.measure([(math.test[0], ["1"])]))
+    return {name for name in names if not re.search("_(unseen|" + "|".join(DOMAINS) + ")$", name)}
 
 
 def test_metric_keys_equal_the_table_of_the_readme():
     written = set()
-    for name in [PARENT, *BUDGETS]:
+    for name in FAMILY:
         families = "charts|time|reward|objective|losses|critic|vrpo|grpo|eval"
         written |= set(re.findall(rf'"((?:{families})/\w+)"', source(name)))
         written |= {f"losses/grad_norm_{group}" for group in re.findall(r'"name": "(\w+)"', source(name))}
+    written |= {f"eval/{name}" for name in measured()}
     table = set(re.findall(r"^\| `((?:\w+)/\w+)` \|", (ROOT / "README.md").read_text(), flags=re.M))
     assert written == table
 

@@ -394,8 +394,13 @@ def accuracy(model, tokenizer, rows: list[dict], temperature: float | None = Non
     return sum(is_correct(c, r["answer"]) for c, r in zip(completions, rows, strict=True)) / len(rows)
 
 
-def train(args: Args, tokenizer: PreTrainedTokenizerFast, test: list[dict]) -> LlamaForCausalLM:
-    """Next-token prediction on the careless student's solutions; the loss leaves the question out."""
+Row = tuple[list[int], list[int]]  # tokens, and labels of the same length: -100 where nothing is to be learnt
+
+
+def train(
+    args, tokenizer, examples: Callable[[int, int], list[Row]], report: Callable[[object], str]
+) -> LlamaForCausalLM:
+    """Next-token prediction, on the labelled tokens alone, from `examples(count, seed)`; prints `report(model)` now and then."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -417,19 +422,14 @@ def train(args: Args, tokenizer: PreTrainedTokenizerFast, test: list[dict]) -> L
     pool, order, rng = [], [], random.Random(args.seed)
     for step in track(range(args.steps), description="supervised warm start"):
         if not order:  # the next pool of fresh examples, in batches of similar length
-            pool = careless_examples(args.batch_size * 50, seed=1_000_000 * args.seed + step)
-            pool = [
-                (tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}"))
-                for q, a in pool
-            ]
-            pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+            pool = sorted(examples(args.batch_size * 50, 1_000_000 * args.seed + step), key=lambda row: len(row[0]))
             order = rng.sample(range(50), 50)
         start = order.pop() * args.batch_size
         rows = pool[start : start + args.batch_size]
-        width = max(len(q) + len(a) for q, a in rows)
-        tokens = torch.tensor([q + a + [tokenizer.pad_token_id] * (width - len(q) - len(a)) for q, a in rows])
-        labels = torch.tensor([[-100] * len(q) + a + [-100] * (width - len(q) - len(a)) for q, a in rows])
-        hidden = model.model(tokens[:, :-1]).last_hidden_state
+        width = max(len(tokens) for tokens, _ in rows)
+        inputs = torch.tensor([tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+        hidden = model.model(inputs[:, :-1]).last_hidden_state
         chosen = labels[:, 1:] != -100
         loss = F.cross_entropy(model.lm_head(hidden[chosen]), labels[:, 1:][chosen])
         optimizer.zero_grad()
@@ -438,7 +438,7 @@ def train(args: Args, tokenizer: PreTrainedTokenizerFast, test: list[dict]) -> L
         optimizer.step()
         (warmup if step < 100 else cosine).step()
         if (step + 1) % 250 == 0:
-            print(f"step {step + 1:5d}  loss {loss.item():.3f}  greedy accuracy {accuracy(model, tokenizer, test):.3f}")
+            print(f"step {step + 1:5d}  loss {loss.item():.3f}  {report(model)}", flush=True)
     return model
 
 
@@ -449,7 +449,13 @@ def main(args: Args) -> None:
     make_data(data, args.train_size, args.test_size, args.seed)
     test = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     tokenizer = make_tokenizer([f"{q}\n{a}" for q, a in careless_examples(4000, seed=args.seed)])
-    model = train(args, tokenizer, test)
+
+    def examples(count: int, seed: int) -> list[Row]:
+        pairs = [(tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}"))
+                 for q, a in careless_examples(count, seed)]  # fmt: skip
+        return [(q + a, [-100] * len(q) + a) for q, a in pairs]
+
+    model = train(args, tokenizer, examples, lambda m: f"greedy accuracy {accuracy(m, tokenizer, test):.3f}")
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -27,11 +27,7 @@ class Chat:
 
     def prompt_ids(self, text: str) -> list[int]:
         """Tokens of a conversation's first user message, up to where the model's answer begins."""
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
-        messages = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return conversation_ids(self.tokenizer, [{"role": "user", "content": text}], to_be_continued=True)
 
     def user_turn_ids(self, text: str) -> list[int]:
         """Tokens that stand between the EOS of one answer and the beginning of the next: a later user message."""
@@ -48,6 +44,28 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def conversation_ids(tokenizer, messages: list[dict[str, str]], to_be_continued: bool) -> list[int]:
+    """Tokens of a conversation in the tokenizer's chat format, up to where an answer begins if `to_be_continued`; without a
+    chat template as `Question: ... Answer: ...`."""
+    if tokenizer.chat_template is None:
+        parts = [("Answer: " if m["role"] == "assistant" else "Question: ") + m["content"] for m in messages]
+        text = "\n\n".join(parts).replace("\n\nAnswer: ", "\nAnswer: ")
+        return tokenizer(f"{text}\nAnswer:" if to_be_continued else text)["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=to_be_continued, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def answer(policy, chat: Chat, conversations: list[list[dict[str, str]]], tokens: int, temperature: float) -> list[str]:
+    """The policy's next turn in every conversation, sampled, or greedy with temperature 0. The tools talk to a model this way;
+    the scripts have their own rollout, which keeps the tokens."""
+    rows = [conversation_ids(chat.tokenizer, messages, to_be_continued=True) for messages in conversations]
+    inputs = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(policy.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    output = policy.generate(**inputs, max_new_tokens=tokens, **sampling)
+    return [chat.decode(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
 def load_policy(name: str, device: torch.device) -> tuple[PreTrainedModel, Chat]:

@@ -18,6 +18,8 @@ from utils.errors import stop
 
 PANELS = {
     "eval/accuracy": "clean held-out accuracy (greedy)",
+    "eval/average": "held-out mean of TCR, ACR and GCR (greedy)",
+    "reward/observed": "observed reward of the samples",
     "reward/clean": "clean reward of the samples",
     "critic/explained_variance": "explained variance, observed returns",
     "critic/explained_variance_clean": "explained variance, clean returns",

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from utils.errors import stop
 from utils.plot import plot_runs
+from utils.tasks import DEFAULTS
 
 ArgsType = TypeVar("ArgsType")
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers")
@@ -28,17 +29,29 @@ SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
     "gamma", "gae_lambda", "critic_lambda", "token_ratio",
 )  # fmt: skip
+HEADLINES = {"eval/accuracy": "clean held-out accuracy", "eval/average": "held-out mean of TCR, ACR and GCR"}
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
+    "eval/average": "avg {:.3f}",
     "reward/clean": "clean {:.2f}",
     "reward/observed": "observed {:.2f}",
     "critic/explained_variance_clean": "ev {:+.2f}",
 }
 
 
+@dataclasses.dataclass
+class TaskFlag:
+    task: str | None = None
+
+
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
-    """The command line as `cls`. With --resume, the run's saved flags are the defaults, and flags given now override them."""
-    args = tyro.cli(cls, description=description)
+    """The command line as `cls`. The task's own defaults hold, or with --resume the run's saved flags; flags given now override
+    them."""
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    task = tyro.cli(TaskFlag, args=words, return_unknown_args=True, add_help=False)[0].task or cls.task
+    if task not in DEFAULTS:  # for the parser to say
+        task = cls.task
+    args = tyro.cli(cls, default=dataclasses.replace(cls(), task=task, **DEFAULTS[task]), description=description)
     if args.resume is None:
         return args
     try:
@@ -126,14 +139,15 @@ class Run:
     def rewind(self, update: int) -> None:
         """Forget rows and samples of later updates, and with 0 those of the start too: a resumed run writes them anew."""
         update = update or -1
-        metrics, samples = self.folder / "metrics.csv", self.folder / "samples.jsonl"
+        metrics = self.folder / "metrics.csv"
         if metrics.exists():
             with metrics.open(newline="") as file:
                 rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
             self.rows = [row for row in rows if int(row["update"]) <= update]
-        if samples.exists():
-            lines = [line for line in samples.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_atomically(samples, "".join(line for line in lines if json.loads(line)["update"] <= update))
+        for file in (self.folder / "samples.jsonl", self.folder / "transcripts.jsonl"):
+            if file.exists():
+                lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                write_atomically(file, "".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.csv and to W&B, and move the progress bar. NaN becomes an empty cell."""
@@ -162,16 +176,21 @@ class Run:
             view.add_row(*(Text(str(value)) for value in row.values()))
         self.print(view)
 
+    def transcripts(self, update: int, rows: list[dict[str, Any]]) -> None:
+        """Append sampled episodes, with rewards and values, to transcripts.jsonl."""
+        with (self.folder / "transcripts.jsonl").open("a") as file:
+            file.writelines(json.dumps({"update": update, **row}) + "\n" for row in rows)
+
     def print(self, message: Any) -> None:
         self.console.print(message)
 
     def finish(self) -> None:
         """Draw the run's curves and print the line to remember."""
         self.close()
-        accuracy = [float(row["eval/accuracy"]) for row in self.rows if "eval/accuracy" in row]
         self.print(f"curves: {plot_runs([self.folder], self.folder / 'curves.png')}")
-        start, last, peak = accuracy[0], accuracy[-1], max(accuracy)
-        self.print(f"clean held-out accuracy: start {start:.3f}, last {last:.3f}, peak {peak:.3f}")
+        for key, name in HEADLINES.items():
+            if curve := [float(row[key]) for row in self.rows if key in row]:
+                self.print(f"{name}: start {curve[0]:.3f}, last {curve[-1]:.3f}, peak {max(curve):.3f}")
 
     def stop_progress(self) -> None:
         if self.progress.live.is_started:

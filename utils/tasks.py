@@ -1,61 +1,44 @@
 """Tasks: problems loaded with `datasets`, turned into prompts, and graded."""
 
 import os
-import random
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.utils.logging import disable_progress_bar
 
 from utils.answers import extract, is_correct, to_number
+from utils.dialogue import DialogueTask, User, first_message
 from utils.errors import stop
+from utils.goals import load_goals
 from utils.models import Chat, first_line
+from utils.problems import Problem, Task
 
+# Defaults of the flags that go with --task.
+DEFAULTS = {
+    "math": {"model": "assets/tiny_math", "max_turns": 1, "reward_model": None, "noise": "symmetric"},
+    "dialogue": {
+        "model": "assets/tiny_dialogue",
+        "max_turns": 12,
+        "reward_model": "assets/tiny_reward",
+        "noise": "none",
+    },
+}
 QUESTION_COLUMNS = ("question", "problem", "prompt", "query", "input", "instruction")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "target", "output", "label")
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One row of a data set. `key` names the problem in every random draw that belongs to it."""
+class MathTask(Task):
+    """Questions with one final answer, that of the last completion."""
 
-    key: str
-    answer: str
-    prompt_ids: list[int]
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    """The permutation of range(size) in which an epoch visits the problems."""
-    return random.Random(f"{seed} order {epoch}").sample(range(size), size)
-
-
-class MathTask:
-    """Questions with one final answer.
-
-    `train` and `test` are lists of Problem; `dropped` counts the problems whose prompts were too long, and those of train
-    that stand in test too.
-    """
-
-    def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):
-        self.train, self.test, self.dropped = train, test, dropped
-
-    def batch(self, seed: int, update: int, size: int) -> list[Problem]:
-        """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed and epoch alone."""
-        problems = []
-        for position in range((update - 1) * size, update * size):
-            epoch, index = divmod(position, len(self.train))
-            problems.append(self.train[epoch_order(seed, epoch, len(self.train))[index]])
-        return problems
-
-    def grade(self, completion: str, answer: str) -> float:
+    def grade(self, completions: list[str], answer: str) -> float:
         """1.0 for a right final answer, else 0.0."""
-        return float(is_correct(completion, answer))
+        return float(is_correct(completions[-1], answer))
 
     def final_answer(self, completion: str) -> str:
         """The final answer in a form in which equal numbers are equal strings; "" where there is none."""
@@ -67,6 +50,22 @@ class MathTask:
         """The user's next message after the given answers, or None where the episode is over. In mathematics the user has
         but one thing to say, and only where --max-turns allows another turn."""
         return "Check your work and answer again."
+
+    def show(self, problem: Problem, completions: list[str]) -> dict[str, str]:
+        """An episode as the columns of a table."""
+        return {"question": problem.key, "completion": completions[-1], "reference": problem.answer}
+
+    def messages(self, problem: Problem, completions: list[str]) -> list[dict[str, str]]:
+        """The conversation up to the last answer, without the prompt template."""
+        turns = [{"role": "user", "content": problem.key}]
+        for i, text in enumerate(completions):
+            turns += [{"role": "user", "content": self.reply(problem, completions[:i])}] if i else []
+            turns.append({"role": "assistant", "content": text})
+        return turns
+
+    def measure(self, pairs: list[tuple[Problem, list[str]]]) -> dict[str, float]:
+        """The share of right answers."""
+        return {"accuracy": sum(self.grade(texts, p.answer) for p, texts in pairs) / len(pairs)}
 
 
 def load_rows(name: str, config: str | None, split: str, flag: str) -> Dataset:
@@ -99,28 +98,47 @@ def pick_column(rows: Dataset, wanted: str | None, guesses: tuple[str, ...], fla
     stop(f"{flag}: {problem}; the data set has the columns {', '.join(rows.column_names)}")
 
 
-def load_task(args, chat: Chat) -> MathTask:
-    """Load both splits as the flags under "the task" say, build the prompts, drop what is too long and what of train is in
-    test. Stops with one sentence where something does not fit."""
+def load_task(args, chat: Chat) -> Task:
+    """Both splits as the flags under "the task" say, as prompts. Drops what is too long and what of train is in test, and stops
+    with one sentence where something does not fit."""
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
+    kind, rows = load_dialogues(args) if args.task == "dialogue" else load_questions(args)
     splits: dict[str, list[Problem]] = {"test": [], "train": []}
     dropped: dict[str, int] = {}
+    for name, problems in splits.items():
+        asked = [
+            (key, q, a, chat.prompt_ids(args.prompt_template.replace("{question}", q))) for key, q, a in rows[name]
+        ]
+        short = [Problem(key, answer, ids) for key, _, answer, ids in asked if len(ids) <= args.max_prompt_tokens]
+        held_out = {p.key for p in splits["test"]}
+        problems += [p for p in short if p.key not in held_out]
+        counts = {"with too long a prompt": len(asked) - len(short), "also in test": len(short) - len(problems)}
+        dropped |= {f"{name} problems {reason}": n for reason, n in counts.items() if n}
+        if not problems:
+            stop(f"--{name}-split: no problem is left of {len(asked)} (dropped: {dropped}); see --max-prompt-tokens")
+    return kind(splits["train"], splits["test"], dropped)
+
+
+Rows = dict[str, list[tuple[str, str, Any]]]  # for "train" and "test": key, first message, what counts as right
+
+
+def load_questions(args) -> tuple[Callable, Rows]:
+    """Questions and reference answers of a data set. The key of a problem is its question."""
+    loaded: Rows = {}
     for name, split in (("test", args.test_split), ("train", args.train_split)):
         rows = load_rows(args.dataset, args.dataset_config, split, f"--{name}-split")
         questions = rows[pick_column(rows, args.question_column, QUESTION_COLUMNS, "--question-column")]
         answers = rows[pick_column(rows, args.answer_column, ANSWER_COLUMNS, "--answer-column")]
-        problems = [
-            Problem(str(q), str(a), chat.prompt_ids(args.prompt_template.replace("{question}", str(q))))
-            for q, a in zip(questions, answers, strict=True)
-        ]
-        short = [p for p in problems if len(p.prompt_ids) <= args.max_prompt_tokens]
-        held_out = {p.key for p in splits["test"]}
-        splits[name] = [p for p in short if p.key not in held_out]
-        counts = {"with too long a prompt": len(problems) - len(short), "also in test": len(short) - len(splits[name])}
-        dropped |= {f"{name} problems {reason}": n for reason, n in counts.items() if n}
-        if not splits[name]:
-            stop(
-                f"--{name}-split {split}: no problem is left of {len(problems)} (dropped: {dropped}); see --max-prompt-tokens"
-            )
-    return MathTask(splits["train"], splits["test"], dropped)
+        loaded[name] = [(str(q), str(q), str(a)) for q, a in zip(questions, answers, strict=True)]
+    return MathTask, loaded
+
+
+def load_dialogues(args) -> tuple[Callable, Rows]:
+    """Goals of the schema, each with the calls that the assistant may make and the user's opening words."""
+    goals = load_goals(args.schema, args.train_split, args.test_split)
+    rows = {
+        name: [(g.key, first_message(g, User(g, args.seed).open()), g) for g in members]
+        for name, members in goals.items()
+    }
+    return partial(DialogueTask, seed=args.seed), rows

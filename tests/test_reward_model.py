@@ -1,0 +1,113 @@
+"""The reward model: its loss by hand, training on a toy set, scoring, and the way its scores become rewards."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.conftest import ROOT
+from utils.dialogue import DialogueTask
+from utils.reward_model import (
+    Args,
+    RewardModel,
+    accuracy,
+    bradley_terry_loss,
+    load_reward_model,
+    main,
+    pad_by_eos,
+    train,
+)
+
+CPU = torch.device("cpu")
+
+
+def talk(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def model(tiny_model) -> RewardModel:
+    torch.manual_seed(0)
+    backbone = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pad_by_eos(backbone, tokenizer)
+    return RewardModel(backbone.eval(), tokenizer, 4)
+
+
+def test_bradley_terry_loss_by_hand():
+    loss = bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch(model):
+    conversations = [talk("Ann has 3 pens.", "3"), talk("x", "y " * 40), talk("a", "b", "c", "d"), talk("?", "#### 7")]
+    together = model.score(conversations)
+    model.batch_size = 1
+    assert together == pytest.approx(model.score(conversations), abs=1e-5)
+    assert len(set(together)) == 4
+
+
+def test_training_ranks_a_toy_set_and_noise_is_counted(model):
+    """The better answer says yes; a tenth of the labels is wrong."""
+    rng, pairs = random.Random(0), []
+    for _ in range(96):
+        question = f"Ann has {rng.randint(2, 99)} pens."
+        pairs.append((talk(question, "yes"), talk(question, "no"), rng.random() > 0.1))
+    before = accuracy(model, pairs)
+    train(model, pairs, Args(epochs=4, batch_size=16, learning_rate=3e-3))
+    after = accuracy(model, pairs)
+    assert after["model_against_truth"] == 1.0 > before["model_against_truth"] or before["model_against_truth"] == 1.0
+    agreed = sum(a for _, _, a in pairs) / len(pairs)
+    assert after["annotator_against_truth"] == after["model_against_annotator"] == agreed < 1
+
+
+def test_scores_of_turns_stand_on_the_right(model):
+    task = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
+    problem = task.train[0]
+    episodes = [
+        SimpleNamespace(problem=problem, completions=["Which city?"]),
+        SimpleNamespace(problem=problem, completions=["Nice.", "Which city?", "Good."]),
+    ]
+    turns, final = (model.score_episodes(task, episodes, per) for per in ("turn", "episode"))
+    assert turns.shape == (2, 3) and final.shape == (2, 1)
+    assert turns[0].isnan().tolist() == [True, True, False] and not turns[1].isnan().any()
+    assert torch.allclose(turns[:, -1:], final, atol=1e-5)
+    first = model.score([task.messages(problem, ["Nice."])])[0]
+    assert turns[1, 0].item() == pytest.approx(first, abs=1e-5)
+
+
+def test_scores_on_the_scale_of_rewards_and_what_each_turn_adds(script):
+    raw = torch.tensor([[float("nan"), 1.0], [2.0, 5.0]])
+    scores, scale = script.on_reward_scale(raw, None)
+    assert scale == (3.0, 2.0) and scores.tolist() == [[0.0, 0.0], [0.25, 1.0]]
+    again, kept = script.on_reward_scale(raw + 4, scale)
+    assert kept == scale and again[:, -1].tolist() == [1.0, 2.0]
+    gains = scores.diff(dim=1, prepend=torch.zeros(2, 1))
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
+    assert script.place_rewards(gains, mask).tolist() == [[0, 0, 0, 0, 0], [0.25, 0, 0, 0.75, 0]]
+    constant, _ = script.on_reward_scale(torch.full((3, 1), 2.0), None)
+    assert constant.tolist() == [[0.5]] * 3
+
+
+def test_a_model_that_is_no_reward_model_is_refused(tiny_model, tmp_path):
+    with pytest.raises(SystemExit, match="could not be loaded"):
+        load_reward_model(str(tmp_path), CPU, 4)
+    three = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    three.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="3 outputs"):
+        load_reward_model(str(tmp_path), CPU, 4)
+
+
+def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch, capsys):
+    """A short training from the embedded policy: saved, loadable, its accuracy reported."""
+    monkeypatch.chdir(ROOT)
+    main(Args(out=tmp_path / "reward", goals=48, held_out_goals=32, epochs=1, device="cpu"))
+    text = capsys.readouterr().out
+    assert "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
+    loaded = load_reward_model(str(tmp_path / "reward"), CPU, 8)
+    assert len(loaded.score([talk("calls: A(b)\nHi.", "Which b?")])) == 1

@@ -1,0 +1,41 @@
+"""A problem, and what the scripts ask of a task."""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an episode begins with. `key` names the problem in every random draw that belongs to it; `answer` is what counts as
+    right: a reference answer, or the goal of a user."""
+
+    key: str
+    answer: Any
+    prompt_ids: list[int]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    """The permutation of range(size) in which an epoch visits the problems."""
+    return random.Random(f"{seed} order {epoch}").sample(range(size), size)
+
+
+class Task:
+    """What the tasks have in common.
+
+    `train` and `test` are lists of Problem; `dropped` counts the problems that were left out, by reason. A task also has
+    `grade(completions, answer)`, `reply(problem, completions)`, `messages(problem, completions)` and `measure(pairs)`.
+    """
+
+    def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):
+        self.train, self.test, self.dropped = train, test, dropped
+
+    def batch(self, seed: int, update: int, size: int) -> list[Problem]:
+        """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed and epoch alone."""
+        problems = []
+        for position in range((update - 1) * size, update * size):
+            epoch, index = divmod(position, len(self.train))
+            problems.append(self.train[epoch_order(seed, epoch, len(self.train))[index]])
+        return problems

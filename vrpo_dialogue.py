@@ -1,0 +1,808 @@
+"""VRPO for task-oriented dialogue: the method of vrpo_math.py on episodes of many turns, under a learned reward that errs.
+
+The policy is the assistant, a simulated user has a goal, and a reward model that ranks about three pairs in four as the true
+outcome does takes the place of the verifier. What the optimiser sees is that model's score; whether the goal was reached is
+logged and never used.
+
+Differs from vrpo_math.py in:
+ 1. The defaults: `--task dialogue`, the embedded assistant and reward model, up to twelve turns, no noise on top of the
+    reward model's own.
+ 2. Nothing else. One grid (B, T) holds an episode of any number of turns: the user's words are outside the mask, GAE jumps over
+    them, the bottleneck and the semantic losses act on the assistant's tokens of all turns. `ppo_baseline.py --task dialogue`
+    and `grpo_baseline.py --task dialogue` run the same episodes with the same reward model.
+
+What to watch: `eval/average` (TCR, ACR and GCR, held out, true) against `reward/observed` (the reward model's opinion). Where they
+drift apart, and `charts/response_length` or `charts/turns` grow, the policy is exploiting the reward model.
+
+    python vrpo_dialogue.py                                  # embedded assistant, schema and reward model
+    python vrpo_dialogue.py --reward-per turn                # credit for every turn
+    python vrpo_dialogue.py --model HuggingFaceTB/SmolLM2-135M-Instruct --schema DIR --test-split dev --reward-model DIR \\
+        --max-prompt-tokens 512 --max-new-tokens 64 --learning-rate 1e-6 --critic-learning-rate 5e-6 --micro-batch-size 4
+"""
+
+import copy
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.errors import stop
+from utils.keyed import coin, permutation, seed_torch
+from utils.models import load_policy, pick_device
+from utils.reward_model import load_reward_model
+from utils.run import Run, check_ranges, parse_args, peak_memory_gb, write_atomically
+from utils.tasks import load_task
+
+# ==== 1. Args =========================================================================================================
+
+
+@dataclass
+class Args:
+    # --- the run ---
+    seed: int = 1
+    """seed of everything random: data order, sampling, noise, minibatches"""
+    run_name: str | None = None
+    """the run is written to runs/<run-name>; default: script, noise, seed and time"""
+    resume: Path | None = None
+    """run directory to continue from its newest checkpoint; its flags are the defaults"""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward passes (autocast); weights and optimizer stay in float32"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "vrpo"
+    """project name on Weights & Biases"""
+    # --- the task ---
+    task: Literal["math", "dialogue"] = "dialogue"
+    """math, or task-oriented dialogue with a simulated user; the defaults of some flags go with it"""
+    model: str = "assets/tiny_dialogue"
+    """policy at the start and frozen reference: a Hugging Face folder or hub id"""
+    dataset: str = "assets/data/tiny_math"
+    """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
+    dataset_config: str | None = None
+    """configuration of the data set (a subfolder of a local one)"""
+    train_split: str = "train"
+    """split to train on; a slice such as train[:90%] is allowed"""
+    test_split: str = "test"
+    """held-out split; training problems that stand in it too are dropped"""
+    question_column: str | None = None
+    """column of the question; default: the first of question, problem, prompt, ..."""
+    answer_column: str | None = None
+    """column of the reference, bare or ending in `#### n` or a box; default: the first of answer, solution, ..."""
+    prompt_template: str = "{question}"
+    """the user message around the question"""
+    schema: Path = Path("assets/data/tiny_dialogue")
+    """dialogue: a folder in the format of Schema-Guided Dialogue, with a folder for each split or for both"""
+    max_prompt_tokens: int = 128
+    """problems with longer prompts are counted and dropped"""
+    # --- rollout ---
+    updates: int = 40
+    """updates, each of prompts-per-update x samples-per-prompt episodes"""
+    prompts_per_update: int = 64
+    """different prompts in an update"""
+    samples_per_prompt: int = 4
+    """episodes for each of them (a group, for the methods and noise channels that have groups)"""
+    max_turns: int = 12
+    """answers in an episode, at most; in math the user asks to check the work before every further one"""
+    max_new_tokens: int = 48
+    """tokens of one answer, EOS included"""
+    temperature: float = 1.0
+    """sampling temperature; the log-probabilities are those of the tempered distribution"""
+    truncated: Literal["wrong", "grade", "mask"] = "wrong"
+    """an answer without EOS is wrong (0), is graded as it stands, or is graded and left out of every loss"""
+    rollout_batch_size: int = 256
+    """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
+    # --- reward and its noise ---
+    reward_model: str | None = "assets/tiny_reward"
+    """a sequence-classification model whose scores replace the clean reward: a Hugging Face folder or a hub id"""
+    reward_per: Literal["episode", "turn"] = "episode"
+    """the reward model's score at the end of the episode, or at the end of every turn what the turn adds to it"""
+    noise: Literal[
+        "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote"
+    ] = "none"  # fmt: skip
+    """channel between the clean reward, or the reward model's score, and the one that the optimiser sees"""
+    noise_rate: float = 0.2
+    """probability of an error: symmetric, persistent, group, length"""
+    false_negative_rate: float = 0.2
+    """P(0 | right): asymmetric"""
+    false_positive_rate: float = 0.2
+    """P(1 | wrong): asymmetric"""
+    noise_sigma: float = 0.5
+    """standard deviation: gaussian"""
+    vote_samples: int = 8
+    """answers of the initial policy whose majority becomes the label: majority-vote"""
+    # --- optimisation ---
+    epochs: int = 2
+    """passes over the episodes of an update"""
+    minibatch_size: int = 64
+    """episodes in one optimizer step"""
+    micro_batch_size: int = 32
+    """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
+    learning_rate: float = 3e-5
+    """AdamW learning rate of the policy"""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """linear: every learning rate falls to zero over the run"""
+    max_grad_norm: float = 1.0
+    """norm at which each group of parameters is clipped by itself"""
+    clip_range: float = 0.2
+    """epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    kl_coef: float = 0.0
+    """weight of the KL divergence to the reference"""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
+    # --- evaluation and checkpoints ---
+    eval_every: int = 10
+    """updates between greedy evaluations on clean held-out problems (also at the start and the end)"""
+    eval_size: int = 512
+    """held-out problems, the first of the test split"""
+    save_every: int = 10
+    """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
+    # --- PPO ---
+    gamma: float = 1.0
+    """discount per token"""
+    gae_lambda: float = 0.95
+    """lambda of the policy's advantages"""
+    critic_lambda: float = 1.0
+    """lambda of the critic's targets; 1 is the observed return"""
+    critic_backbone: Literal["separate", "shared"] = "separate"
+    """separate: a second transformer, initialised from the policy; shared: a head on the policy's own hidden states"""
+    critic_learning_rate: float = 5e-4
+    """AdamW learning rate of the critic's backbone, if separate"""
+    head_learning_rate: float = 1e-3
+    """AdamW learning rate of the critic's head"""
+    critic_warmup: int = 0
+    """first updates that train the critic alone"""
+    value_coef: float = 1.0
+    """weight of the critic's loss"""
+    value_clip: float | None = None
+    """the value may move this far from the rollout's in an update (off by default)"""
+    # --- VRPO ---
+    beta: float = 0.01
+    """weight of the bottleneck's KL to the prior"""
+    beta_warmup: int = 10
+    """updates over which beta rises from zero: a critic that knows little yet would not pay for any code"""
+    latent_dim: int = 64
+    """width of the latent code z"""
+    bottleneck_layers: Literal[0, 1, 2] = 1
+    """Gaussian layers between hidden state and decoder; 0 is PPO's linear head"""
+    value_samples: int = 16
+    """latent samples over which the rollout's values are averaged (one in the loss)"""
+    token_ratio: float = 0.8
+    """share of the tokens, the most uncertain ones, on which the semantic losses act"""
+    lambda_ent: float = 0.05
+    """weight of the entropy loss (0.5 in the paper starves the value here: see the README)"""
+    lambda_ppl: float = 0.05
+    """weight of the perplexity loss (likewise)"""
+    lm_head: Literal["frozen", "learned"] = "frozen"
+    """LM head of the semantic losses: the initial policy's, frozen, or a copy that learns (ablation)"""
+
+
+# ==== 2. Task and noisy reward ========================================================================================
+
+
+def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
+    """The observed rewards of a batch: every clean reward (0 or 1), or score on that scale, through the channel `--noise`.
+
+    `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
+    `persistent` errs on the same prompts in every update and `group` on whole prompts of this update.
+    """
+    long = sorted(lengths)[-max(1, len(lengths) // 4)]  # the longest quarter begins here
+    observed = []
+    for i, (reward, key, length) in enumerate(zip(clean, keys, lengths, strict=True)):
+        flip_rate = {
+            "symmetric": args.noise_rate,
+            "asymmetric": args.false_negative_rate if reward > 0.5 else args.false_positive_rate,
+            "persistent": args.noise_rate,
+            "group": args.noise_rate,
+            "length": args.noise_rate if reward < 0.5 and length >= long else 0.0,
+            "random": 0.5,  # whatever the answer, the observed reward is a fair coin
+        }.get(args.noise, 0.0)
+        scope = {"persistent": (key,), "group": (key, update)}.get(args.noise, (key, update, i))
+        draw = coin(args.seed, args.noise, *scope)
+        if args.noise == "gaussian":
+            reward += args.noise_sigma * NormalDist().inv_cdf(draw)
+        observed.append(1.0 - reward if draw < flip_rate else reward)
+    return observed
+
+
+def on_reward_scale(raw: Tensor, scale: tuple[float, float] | None) -> tuple[Tensor, tuple[float, float]]:
+    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2, so that they are on the scale
+    of the rewards 0 and 1; NaN, where an episode has no such turn, becomes 0. `scale`, the mean and deviation of raw final
+    scores, comes from the first batch and is kept (None: take it from this one)."""
+    mean, deviation = scale or (raw[:, -1].mean().item(), raw[:, -1].std(correction=0).item())
+    return (0.5 + 0.5 * (raw - mean) / max(deviation, 1e-6)).nan_to_num(0.0), (mean, deviation)
+
+
+def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
+    """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
+    right, says_right = clean > 0.5, observed > 0.5
+    youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
+    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
+
+
+def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
+    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` rollouts of the initial policy."""
+    file = run.folder / "pseudo_labels.json"
+    labels = json.loads(file.read_text()) if file.exists() else {}
+    if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
+        return labels
+    run.print(f"majority vote: {args.vote_samples} samples for each of {len(problems)} prompts")
+    seed_torch(args.seed, "votes", len(labels))
+    votes: dict[str, Counter] = {p.key: Counter() for p in problems}
+    for episode in rollout(policy, chat, task, problems * args.vote_samples, args, args.temperature):
+        votes[episode.problem.key][task.final_answer(episode.completions[-1])] += 1
+    labels |= {key: count.most_common(1)[0][0] for key, count in votes.items()}
+    accuracy = sum(task.grade([f"#### {labels[p.key]}"], p.answer) for p in problems) / len(problems)
+    run.print(f"majority vote: label accuracy {accuracy:.3f}")
+    write_atomically(file, json.dumps(labels))
+    return labels
+
+
+# ==== 3. Masked-tensor helpers ========================================================================================
+#
+#   tokens    P  P  P  a  b  E  .  .      P prompt, a b answer, E EOS, . padding: rows are padded on the right
+#   inputs    P  P  P  a  b  E  .         = tokens[:-1]: position t is the state in which token t + 1 is chosen
+#   targets   P  P  a  b  E  .  .         = tokens[1:]: the token chosen there
+#   mask      0  0  1  1  1  0  0         1 where the policy chose the target; user turns and padding are 0
+#   rewards   0  0  0  0  r  0  0         on the last token of the turn
+#
+# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the grid of `targets`, (B, T).
+
+
+def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Episodes as `inputs`, `targets` (B, T) int64 and `mask` (B, T) bool; T is the longest episode minus one."""
+    width = max(len(e.tokens) for e in episodes)
+    tokens = torch.tensor([e.tokens + [pad_id] * (width - len(e.tokens)) for e in episodes], device=device)
+    chosen = torch.tensor([e.chosen + [False] * (width - len(e.chosen)) for e in episodes], device=device)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": chosen[:, 1:]}
+
+
+def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
+    width = int(batch["mask"][rows].any(0).nonzero().max().item()) + 1 if batch["mask"][rows].any() else 1
+    return {key: value[rows, :width] for key, value in batch.items()}
+
+
+def by_length(mask: Tensor) -> Tensor:
+    """Row indices (B,) from the shortest row to the longest: consecutive ones need little padding."""
+    return mask.cumsum(1).argmax(1).argsort(stable=True)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def token_weights(mask: Tensor) -> Tensor:
+    """Weights (B, T) that sum to one over the minibatch, so that it may be split into micro-batches at will."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """sum of weights * x over the tokens of nonzero weight: a mean over the minibatch, summed micro-batch by micro-batch."""
+    return torch.where(weights > 0, weights * x, 0.0).sum()
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean zero and variance one over the masked tokens, zero elsewhere."""
+    return torch.where(mask, (x - x[mask].mean()) / (x[mask].std() + 1e-8), 0.0)
+
+
+def turn_ends(mask: Tensor) -> Tensor:
+    """(B, T) bool: the last token of every turn. It is the EOS, which the policy chose too, unless the turn was cut off."""
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
+def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (B, K) of the last K turns of each episode, the last turn's in the last column, as rewards (B, T) on the last
+    tokens of those turns."""
+    ends = turn_ends(mask)
+    turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
+    scored = ends & (turns_to_go < scores.shape[1])
+    return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(R - V) / Var(R) over the masked tokens: 1 is a perfect critic, 0 a constant, below 0 worse than that. NaN where
+    all returns are equal."""
+    variance = returns[mask].var()
+    return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
+
+
+def noise_absorbed(advantages: Tensor, errors: Tensor, mask: Tensor) -> float:
+    """1 - cov(A, e) / var(e) over the masked tokens, e (B, 1) being the reward error of the episode: the share of the error
+    that does not reach the advantages. NaN where no reward is wrong."""
+    a, e = advantages[mask], errors.expand_as(advantages)[mask]
+    return (1 - ((a - a.mean()) * (e - e.mean())).mean() / e.var(correction=0)).item()
+
+
+# ==== 4. Models: policy, frozen reference, critic =====================================================================
+
+
+def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on the right and attention is
+    causal, so no attention mask is needed, and the LM head is never applied to a prompt."""
+    return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+
+
+def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D)."""
+    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+class Critic(nn.Module):
+    """VRPO: V(state) through a variational bottleneck, and an LM head, on a causal-LM backbone that starts as a copy of the
+    policy's (or is the policy's, if shared)."""
+
+    def __init__(self, policy, args: Args):
+        super().__init__()
+        self.backbone = copy.deepcopy(policy.get_decoder()) if args.critic_backbone == "separate" else None
+        # VRPO: h -> (mu, log sigma) -> z, once for every bottleneck layer. Starting near the prior keeps the KL's
+        # gradient from drowning the value's.
+        width, self.encoders = policy.lm_head.in_features, nn.ModuleList()
+        for _ in range(args.bottleneck_layers):
+            self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
+            nn.init.normal_(self.encoders[-1].weight, std=0.3 * width**-0.5)
+            nn.init.zeros_(self.encoders[-1].bias)
+            width = args.latent_dim
+        # VRPO: the decoder is an MLP of two layers; without a bottleneck it is PPO's linear head.
+        self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU()) if self.encoders else nn.Identity()
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        # VRPO: the LM head that reads the critic's hidden states
+        self.lm_head = copy.deepcopy(policy.lm_head).requires_grad_(args.lm_head == "learned")
+
+    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
+        """Hidden states (N, D) from which the value is read."""
+        return policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
+
+    # VRPO: a value is a mean over latent samples, and comes with the KL that its code costs and the code's mean sigma
+    def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """V, the bottleneck's KL and the mean sigma, (N,) each, of N states; V averages the decoder over `samples` codes
+        (not its output at z = mu, an untypical point that it was never trained on)."""
+        with torch.autocast(features.device.type, enabled=False):
+            z = features.float().unsqueeze(0)  # VRPO: (1, N, D), then a code (K, N, latent) from each bottleneck layer
+            kl, sigma = torch.zeros_like(z[0, :, 0]), torch.zeros_like(z[0, :, 0])
+            for encoder in self.encoders:
+                mu, log_sigma = encoder(z).chunk(2, dim=-1)
+                log_sigma = log_sigma.clamp(-5, 2)
+                kl, sigma = kl + gaussian_kl(mu, log_sigma).mean(0), log_sigma.exp().mean((0, 2))
+                z = mu + log_sigma.exp() * torch.randn((samples, *mu.shape[1:]), device=mu.device)
+            return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
+
+
+def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
+    """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
+    groups = [{"name": "policy", "params": list(policy.parameters()), "lr": args.learning_rate}]
+    if critic.backbone is not None:
+        groups.append({"name": "critic", "params": list(critic.backbone.parameters()), "lr": args.critic_learning_rate})
+    # VRPO: encoder and decoder belong to the head; a learned LM head is part of the language model, not of the value head
+    head = [p for name, p in critic.named_parameters() if not name.startswith(("backbone.", "lm_head."))]
+    if args.lm_head == "learned":
+        groups.append({"name": "lm_head", "params": list(critic.lm_head.parameters()), "lr": args.critic_learning_rate})
+    groups.append({"name": "head", "params": head, "lr": args.head_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+# ==== 5. Rollout ======================================================================================================
+
+
+@dataclass
+class Episode:
+    """One conversation: its tokens, which of them the policy chose, its answers, and whether the last one ended with EOS."""
+
+    problem: object
+    tokens: list[int]
+    chosen: list[bool]
+    completions: list[str]
+    finished: bool = False
+
+
+@torch.no_grad()
+def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
+    """The policy's continuation of every prompt, up to and including the first EOS; temperature 0 is greedy."""
+    width, device = max(map(len, prompts)), policy.device
+    tokens = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    output = policy.generate(
+        input_ids=tokens, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+        temperature=temperature or 1.0, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids, pad_token_id=chat.pad_id,
+    )[:, width:]  # fmt: skip
+    is_eos = torch.isin(output, torch.tensor(chat.eos_ids, device=device))
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, output.shape[1])  # what follows EOS is padding
+    return [row[:n] for row, n in zip(output.tolist(), lengths.tolist(), strict=True)]
+
+
+def rollout(policy, chat, task, problems: list, args: Args, temperature: float) -> list[Episode]:
+    """Play one episode for every problem: the policy answers, the user replies or is content, for up to --max-turns turns.
+    An answer that was cut off ends its episode, since the user would have to speak in the middle of it."""
+    episodes = [Episode(p, list(p.prompt_ids), [False] * len(p.prompt_ids), []) for p in problems]
+    live = episodes
+    for turn in range(args.max_turns):
+        for start in range(0, len(live), args.rollout_batch_size):
+            some = live[start : start + args.rollout_batch_size]
+            answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
+            for episode, answer in zip(some, answers, strict=True):
+                episode.tokens += answer
+                episode.chosen += [True] * len(answer)
+                episode.completions.append(chat.decode(answer))
+                episode.finished = answer[-1] in chat.eos_ids
+        if turn + 1 < args.max_turns:
+            replies = [(e, task.reply(e.problem, e.completions)) for e in live if e.finished]
+            live = [e for e, reply in replies if reply is not None]
+            for episode, reply in replies:
+                if reply is not None:
+                    words = chat.user_turn_ids(reply)
+                    episode.tokens += words
+                    episode.chosen += [False] * len(words)
+    return episodes
+
+
+def judged(episode: Episode, args: Args) -> list[str]:
+    """The answers of an episode as they are judged: one that was cut off is empty unless --truncated says otherwise."""
+    cut_off = args.truncated == "wrong" and not episode.finished
+    return [*episode.completions[:-1], ""] if cut_off else episode.completions
+
+
+def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], every: int) -> list[dict]:
+    """What was said in every `every`th episode, with reward and value at the end of each turn, and the true outcome."""
+    rows = []
+    for i in range(0, len(episodes), every):
+        episode = episodes[i]
+        ends = turn_ends(batch["mask"][i : i + 1])[0]
+        row = {"messages": task.messages(episode.problem, episode.completions), "rewards": rewards[i][ends].tolist()}
+        row["outcome"] = task.measure([(episode.problem, episode.completions)])
+        rows.append(row | {key: batch[key][i][ends].tolist() for key in ("values",) if key in batch})
+    return rows
+
+
+@torch.no_grad()
+def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
+    """What is fixed before the update, each (B, T): `logprobs` and `entropy` of the policy that sampled, `ref_logprobs`,
+    `values`. Rows of similar length go through the models together.
+    VRPO: also `critic_entropy` and `critic_nll`, by which the uncertain tokens are chosen."""
+    parts = {}
+    for rows in by_length(batch["mask"]).split(args.micro_batch_size):
+        part = take(batch, rows)
+        inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
+        hidden = hidden_states(policy.get_decoder(), inputs, mask)
+        ref_hidden = hidden_states(reference.get_decoder(), inputs, mask)
+        scores = {}
+        scores["logprobs"], scores["entropy"] = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
+        scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, ref_hidden, targets, args.temperature)
+        # VRPO: one pass of the critic gives the values and what its LM head thinks of the tokens
+        features = critic.features(inputs, mask, hidden)
+        scores["values"], _, _ = critic.values(features, args.value_samples)
+        critic_logprobs, scores["critic_entropy"] = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
+        scores["critic_nll"] = -critic_logprobs
+        for key, value in scores.items():
+            grid = parts.setdefault(key, torch.zeros(batch["mask"].shape, device=mask.device))
+            grid[rows, : mask.shape[1]] = spread(value, mask)
+    return parts
+
+
+# ==== 6. Advantages ===================================================================================================
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
+
+    t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and V after the last is 0.
+    The loop over columns costs a thousandth of an update."""
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+    return advantages
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log pi - log pi_ref of every token, (B, T): what `--kl-in reward` subtracts, times --kl-coef."""
+    return torch.where(mask, logprobs - ref_logprobs, 0.0)
+
+
+# ==== 7. Losses =======================================================================================================
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017); statistics beside it."""
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    stats = {
+        "losses/approx_kl": weighted_sum(ratio - 1 - log_ratio, weights),
+        "losses/clipfrac": weighted_sum(((ratio - 1).abs() > clip_range).float(), weights),
+    }
+    return weighted_sum(loss, weights), stats
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
+    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi (Schulman 2020)."""
+    d = ref_logprobs - logprobs
+    return weighted_sum(d.exp() - 1 - d, weights)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, value_clip: float | None
+) -> Tensor:
+    """E[(V - R)^2]; with `value_clip` the larger of it and the error of V kept within value_clip of the rollout's value."""
+    loss = (values - returns) ** 2
+    if value_clip is not None:
+        kept = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        loss = torch.max(loss, (kept - returns) ** 2)
+    return weighted_sum(loss, weights)
+
+
+# VRPO: the three terms that PPO's value loss does not have
+def gaussian_kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum (mu^2 + sigma^2 - 1) - log sigma over the last dimension, in nats."""
+    return (0.5 * (mu**2 + (2 * log_sigma).exp() - 1) - log_sigma).sum(-1)
+
+
+def most_uncertain(uncertainty: Tensor, mask: Tensor, token_ratio: float) -> Tensor:
+    """(B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy or negative log likelihood) is
+    above its (1 - token_ratio) quantile. No gradient flows through the choice."""
+    values = uncertainty[mask]
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[values.argsort(descending=True, stable=True)[: round(token_ratio * len(values))]] = True
+    return spread(chosen, mask)
+
+
+def semantic_losses(
+    entropy: Tensor, logprobs: Tensor, entropy_weights: Tensor, perplexity_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """L_ent = E[H(P_V)] and L_ppl = E[-log P_V(y*)], each over its own uncertain tokens; P_V = softmax(W_frozen h_critic), and
+    y* is the token that the policy chose."""
+    return weighted_sum(entropy, entropy_weights), weighted_sum(-logprobs, perplexity_weights)
+
+
+# ==== 8. Evaluation ===================================================================================================
+
+
+def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dict]]:
+    """The task's own measures on clean held-out problems, answered greedily, and the completions behind them."""
+    episodes = rollout(policy, chat, task, task.test[: args.eval_size], args, temperature=0.0)
+    outcomes = task.measure([(e.problem, judged(e, args)) for e in episodes])
+    metrics = {f"eval/{name}": value for name, value in outcomes.items()}
+    metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
+    samples = [
+        {**task.show(e.problem, e.completions), "right": task.grade(judged(e, args), e.problem.answer)}
+        for e in episodes
+    ]
+    return metrics, samples
+
+
+# ==== 9. Main loop ====================================================================================================
+
+
+def main(args: Args) -> None:
+    check_ranges(args)
+    if args.reward_per == "turn" and not args.reward_model:
+        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
+    if args.noise == "majority-vote" and args.task == "dialogue":
+        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math")
+    device = pick_device(args.device)
+    policy, chat = load_policy(args.model, device)
+    task = load_task(args, chat)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
+    seed_torch(args.seed, "critic")
+    critic = Critic(policy, args).to(device)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    run = Run(args)
+    run.print(
+        f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped: {task.dropped or 0}"
+    )
+
+    start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
+    if start:
+        policy, _ = load_policy(str(folder), device)
+        critic.load_state_dict(state["critic"])
+    optimizer = make_optimizer(policy, critic, args)
+    rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
+    if start:
+        optimizer.load_state_dict(state["optimizer"])
+    run.rewind(start)
+    labels, scale = {}, state["scale"] if start else None  # of the reward model's scores: the first batch's
+    if args.noise == "majority-vote":
+        visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
+        with precision:
+            labels = majority_vote(reference, chat, task, visited, args, run)
+    if start == 0:
+        with precision:
+            metrics, samples = evaluate(policy, chat, task, args)
+        run.log(0, {"charts/episodes": 0, **metrics})
+        run.samples(0, samples)
+
+    for update in range(start + 1, args.updates + 1):
+        began = time.perf_counter()
+        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = fraction * rate
+        policy.requires_grad_(update > args.critic_warmup)  # until then the critic trains alone
+
+        # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
+        problems = task.batch(args.seed, update, args.prompts_per_update)
+        problems = [p for p in problems for _ in range(args.samples_per_prompt)]
+        seed_torch(args.seed, "rollout", update)
+        with precision:
+            episodes = rollout(policy, chat, task, problems, args, args.temperature)
+        batch = pack(episodes, chat.pad_id, device)
+        rolled = time.perf_counter()
+
+        # --- 9.2 observed reward ---
+        lengths = [sum(e.chosen) for e in episodes]
+        clean = [task.grade(judged(e, args), e.problem.answer) for e in episodes]
+        finished = torch.tensor([e.finished for e in episodes], device=device)
+        if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
+            with precision:
+                raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
+            scores, scale = on_reward_scale(raw, scale)
+            if args.truncated == "wrong":
+                scores[~finished, -1] = 0.0
+        else:
+            seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
+            scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
+        observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
+        clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
+        scores[:, -1] = observed
+        gains = scores.diff(dim=1, prepend=torch.zeros_like(scores[:, :1]))  # what each turn adds; they sum to observed
+        rewards = place_rewards(gains, batch["mask"])
+
+        # --- 9.3 advantages ---
+        if args.truncated == "mask":
+            batch["mask"] = batch["mask"] & finished.unsqueeze(1)
+        mask = batch["mask"]
+        if mask.sum() < 2:
+            stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
+        if update == 1:
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # begin with the best constant
+        with precision:
+            seed_torch(args.seed, "latent", update)  # VRPO: the latent samples of this update
+            batch |= score_tokens(policy, reference, critic, batch, args)
+        kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
+        if args.kl_in == "reward":
+            rewards = rewards - args.kl_coef * kl
+        advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
+        batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
+        batch["advantages"] = whiten(advantages, mask)
+        # VRPO: where the critic's language model is least certain of the next token
+        batch["entropy_active"] = most_uncertain(batch["critic_entropy"], mask, args.token_ratio)
+        batch["perplexity_active"] = most_uncertain(batch["critic_nll"], mask, args.token_ratio)
+        active = batch["entropy_active"] | batch["perplexity_active"]
+        return_variance = batch["returns"][mask].var().clamp(min=0.01)  # unit of the value loss: 1 is a constant critic
+        scored = time.perf_counter()
+
+        # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
+        history = []
+        beta = args.beta * min(1.0, update / args.beta_warmup)  # VRPO
+        orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
+        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        for minibatch in (take(batch, rows) for rows in minibatches):
+            minibatch["weights"] = token_weights(minibatch["mask"])
+            minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])  # VRPO
+            minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])  # VRPO
+            stats: dict[str, Tensor] = {}
+            optimizer.zero_grad()
+            for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
+                part = take(minibatch, micro)
+                chosen, weights = part["mask"], part["weights"]
+                with precision:
+                    hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                    targets = part["targets"][chosen]
+                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
+                    # VRPO: value, code and language model from one pass of the critic
+                    features = critic.features(part["inputs"], chosen, hidden)
+                    values, ib_kl, sigma = critic.values(features, samples=1)
+                    critic_logprobs, critic_entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
+                logprobs, entropy, values = (spread(x, chosen) for x in (logprobs, entropy, values))
+                critic_logprobs, critic_entropy = (spread(x, chosen) for x in (critic_logprobs, critic_entropy))  # VRPO
+                losses = {}
+                losses["losses/policy"], micro_stats = policy_loss(
+                    logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
+                )
+                losses["losses/value"] = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
+                losses["losses/value"] /= return_variance
+                # VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl
+                losses["vrpo/ib_kl"] = weighted_sum(spread(ib_kl, chosen), weights)
+                losses["vrpo/latent_std"] = weighted_sum(spread(sigma, chosen), weights)
+                losses["vrpo/entropy_aux"], losses["vrpo/perplexity_aux"] = semantic_losses(
+                    critic_entropy, critic_logprobs, part["entropy_weights"], part["perplexity_weights"]
+                )
+                critic_loss = losses["losses/value"] + beta * losses["vrpo/ib_kl"]
+                critic_loss = critic_loss + args.lambda_ent * losses["vrpo/entropy_aux"]
+                critic_loss = critic_loss + args.lambda_ppl * losses["vrpo/perplexity_aux"]
+                loss = losses["losses/policy"] + args.value_coef * critic_loss
+                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                if args.kl_in == "loss" and args.kl_coef > 0:
+                    loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
+                loss.backward()
+                for key, value in {**losses, **micro_stats, "losses/total": loss}.items():
+                    stats[key] = stats.get(key, 0.0) + value.detach()
+            for group in optimizer.param_groups:
+                norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
+            if not torch.stack(list(stats.values())).isfinite().all():
+                numbers = {key: value.item() for key, value in stats.items()}
+                stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
+            optimizer.step()
+            history.append(stats)
+        mean = {key: torch.stack([stats[key] for stats in history]).mean().item() for key in stats}
+        updated = time.perf_counter()
+
+        # --- 9.5 log: losses are means over all minibatches of the update ---
+        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
+        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
+        metrics = {
+            "charts/episodes": update * len(episodes),
+            "charts/tokens_per_second": sum(lengths) / (updated - began),
+            "charts/response_length": sum(lengths) / len(lengths),
+            "charts/turns": sum(len(e.completions) for e in episodes) / len(episodes),
+            "charts/eos_rate": finished.float().mean().item(),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/peak_memory_gb": peak_memory_gb(device),
+            "time/rollout": rolled - began,
+            "time/score": scored - rolled,
+            "time/update": updated - scored,
+            "reward/observed": observed.mean().item(),
+            "reward/clean": clean.mean().item(),
+            **channel_metrics(clean, observed),
+            **{
+                f"sampled/{name}": x
+                for name, x in task.measure([(e.problem, judged(e, args)) for e in episodes]).items()
+            },
+            "reward/total": rewards.sum(1).mean().item(),
+            "objective/kl_ref": kl.sum(1).mean().item(),
+            "objective/entropy": batch["entropy"][mask].mean().item(),
+            **mean,
+            "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
+            "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
+            "critic/value_mean": batch["values"][mask].mean().item(),
+            "critic/return_mean": observed_returns[mask].mean().item(),
+            "critic/advantage_std": advantages[mask].std().item(),
+            "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
+            "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
+        }
+
+        # --- 9.6 evaluate and checkpoint ---
+        last = update == args.updates
+        if update % args.eval_every == 0 or last:
+            with precision:
+                eval_metrics, samples = evaluate(policy, chat, task, args)
+            metrics |= eval_metrics
+            run.samples(update, samples)
+            run.transcripts(update, transcripts(task, episodes, rewards, batch, args.samples_per_prompt))
+        run.log(update, metrics)
+        leaving = run.interrupt
+        if update % args.save_every == 0 or last or leaving:
+            state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict(), "scale": scale}
+            save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
+        if leaving and not last:
+            run.leave(leaving, update)
+
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, __doc__))
