@@ -1,10 +1,11 @@
-"""The learning curves of the README: the three scripts at their defaults, several seeds, with noise and without.
+"""The learning curves of the README: PPO, GRPO and VRPO at their defaults, several seeds, with noise and without.
 
     python benchmark/default_curves.py                       # hours on two cores; stop and start it at will
-    python benchmark/default_curves.py --seeds 1 --noise symmetric
+    python benchmark/default_curves.py --seeds 1 --arms symmetric
+    python benchmark/default_curves.py --task dialogue --arms reward-model
 
 Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped. Results: args.json and
-metrics.csv of every run in benchmark/results/default/, a figure for each noise, and table.md.
+metrics.csv of every run in benchmark/results/default/ or dialogue/, a figure for each arm, and table.md.
 """
 
 import os
@@ -15,74 +16,98 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results" / "default"
 sys.path.insert(0, str(ROOT))
+from utils.errors import stop  # noqa: E402
 from utils.plot import plot_runs, read_run  # noqa: E402
 
-FLAGS = {
-    "ppo_baseline": [],
-    "grpo_baseline": [],
-    "vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"],
+SCRIPTS = {
+    "math": {"ppo_baseline": [], "grpo_baseline": [], "vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"]},
+    "dialogue": {"ppo_baseline": ["--task", "dialogue"], "grpo_baseline": ["--task", "dialogue"], "vrpo_dialogue": []},
 }
+ARMS = {
+    "math": {noise: ["--noise", noise] for noise in ("symmetric", "none", "random")},
+    "dialogue": {
+        "reward-model": [],
+        "truth": ["--reward-model", "None"],
+        "random": ["--reward-model", "None", "--noise", "random"],
+    },
+}
+MEASURES = {
+    "math": ["eval/accuracy"],
+    "dialogue": ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "charts/response_length"],
+}
+FOLDERS = {"math": "default", "dialogue": "dialogue"}
 
 
 @dataclass
 class Args:
+    task: Literal["math", "dialogue"] = "math"
+    """task of the runs"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """the same seeds for every script: same prompts, same noise"""
-    noise: tuple[str, ...] = ("symmetric", "none")
-    """channels, at their default rates"""
-    scripts: tuple[str, ...] = tuple(FLAGS)
-    """scripts to run"""
+    """the same seeds for every script: same problems, same noise"""
+    arms: tuple[str, ...] = ()
+    """math: symmetric, none, random; dialogue: reward-model, truth, random; default: the first two"""
     workers: int = 2
     """runs at a time, one thread each"""
 
 
-def run(script: str, noise: str, seed: int) -> None:
+def run(task: str, script: str, arm: str, seed: int) -> None:
     """One run, unless its results are there already."""
-    name = f"{script}__{noise}__{seed}"
-    if (RESULTS / name / "metrics.csv").exists():
+    name, results = f"{script}__{arm}__{seed}", ROOT / "benchmark" / "results" / FOLDERS[task]
+    if (results / name / "metrics.csv").exists():
         return
-    folder = ROOT / "runs" / "default_curves" / name
-    where = ["--resume", str(folder)] if (folder / "args.json").exists() else ["--run-name", f"default_curves/{name}"]
-    command = [sys.executable, f"{script}.py", *where, "--noise", noise, "--seed", str(seed), *FLAGS[script]]
+    folder = ROOT / "runs" / "default_curves" / task / name
+    where = (
+        ["--resume", str(folder)]
+        if (folder / "args.json").exists()
+        else ["--run-name", f"default_curves/{task}/{name}"]
+    )
+    flags = [*SCRIPTS[task][script], *ARMS[task][arm], "--seed", str(seed)]
     began = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{script}.py", *flags, *where]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=environment)
-    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    (results / name).mkdir(parents=True, exist_ok=True)
     for file in ("args.json", "metrics.csv"):
-        shutil.copy(folder / file, RESULTS / name / file)
+        shutil.copy(folder / file, results / name / file)
     print(f"{name}: {time.time() - began:.0f} s", flush=True)
 
 
-def table() -> str:
-    """Clean held-out accuracy at the start, at the end and at its peak: mean and range over seeds, in Markdown."""
-    lines = ["| script | noise | seeds | start | last | peak |", "|---|---|---|---|---|---|"]
-    runs = [read_run(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
-    for script, noise in sorted({(flags["script"], flags["noise"]) for flags, _ in runs}, key=lambda k: (k[1], k[0])):
-        curves = [list(s["eval/accuracy"].values()) for f, s in runs if (f["script"], f["noise"]) == (script, noise)]
-        cells = []
-        for pick in (lambda c: c[0], lambda c: c[-1], max):
-            values = [pick(c) for c in curves]
-            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        lines.append(f"| {script} | {noise} | {len(curves)} | {' | '.join(cells)} |")
+def table(task: str) -> str:
+    """The task's measures at the start, at the end and at their peak: mean and range over seeds, in Markdown."""
+    lines = ["| script | arm | seeds | measure | start | last | peak |", "|---|---|---|---|---|---|---|"]
+    results = ROOT / "benchmark" / "results" / FOLDERS[task]
+    for arm in ARMS[task]:
+        for script in SCRIPTS[task]:
+            runs = [read_run(folder)[1] for folder in sorted(results.glob(f"{script}__{arm}__*"))]
+            for measure in MEASURES[task] if runs else []:
+                cells = []
+                for pick in (lambda c: c[0], lambda c: c[-1], max):
+                    values = [pick(list(series[measure].values())) for series in runs]
+                    cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+                lines.append(f"| {script} | {arm} | {len(runs)} | `{measure}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(args: Args) -> None:
-    jobs = [(script, noise, seed) for noise in args.noise for seed in args.seeds for script in args.scripts]
+    results = ROOT / "benchmark" / "results" / FOLDERS[args.task]
+    arms = args.arms or tuple(ARMS[args.task])[:2]
+    if unknown := set(arms) - set(ARMS[args.task]):
+        stop(f"--arms {' '.join(unknown)}: with --task {args.task} there are {', '.join(ARMS[args.task])}")
+    jobs = [(args.task, script, arm, seed) for arm in arms for seed in args.seeds for script in SCRIPTS[args.task]]
     with ThreadPoolExecutor(args.workers) as pool:
         for job in [pool.submit(run, *job) for job in jobs]:
             job.result()
-    for noise in args.noise:
-        folders = [f for script in FLAGS for f in sorted(RESULTS.glob(f"{script}__{noise}__*"))]
-        print(plot_runs(folders, RESULTS / f"{noise}.png"))
-    (RESULTS / "table.md").write_text(table())
-    print(table())
+    for arm in arms:
+        folders = [f for script in SCRIPTS[args.task] for f in sorted(results.glob(f"{script}__{arm}__*"))]
+        print(plot_runs(folders, results / f"{arm}.png"))
+    (results / "table.md").write_text(table(args.task))
+    print(table(args.task))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,8 @@ from utils.dialogue import (
 )
 from utils.goals import DOMAINS, UNSEEN, Goal, Intent, Subgoal, domain, load_goals, side
 from utils.make_tiny_dialogue import clerk, talk, training_goals
+from utils.models import load_policy
+from utils.tasks import load_task
 
 SCHEMA = ROOT / "assets" / "data" / "tiny_dialogue"
 FIND = Intent("FindTable", "Food_1", "find a table", False, ("city",), (), ("price",))
@@ -457,3 +460,44 @@ def test_the_conversation_that_a_reward_model_reads():
     assert messages[0]["content"].startswith("calls: ") and messages[-1]["content"] == "Nice."
     episode = SimpleNamespace(problem=task.train[0], completions=["Which city?", "Nice."])
     assert task.reply(episode.problem, episode.completions[:1]) == messages[2]["content"]
+
+
+# --- in a rollout ---
+
+
+def test_a_rollout_is_the_conversation_and_its_mask_the_assistants_words(script, monkeypatch):
+    """The tokens of an episode are the chat template's rendering of its messages; those chosen are the assistant's turns."""
+    monkeypatch.chdir(ROOT)
+    args = script.Args(task="dialogue", model="assets/tiny_dialogue", noise="none", max_turns=5, max_new_tokens=48)
+    policy, chat = load_policy(args.model, torch.device("cpu"))
+    task = load_task(args, chat)
+    torch.manual_seed(1)
+    episodes = script.rollout(policy, chat, task, task.train[:12], args, 1.0)
+    assert max(len(e.completions) for e in episodes) > 2
+    for e in episodes:
+        messages = task.messages(e.problem, e.completions)
+        rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+        assert chat.tokenizer.decode(e.tokens) == (rendered if e.finished else rendered.removesuffix("<|end|>"))
+        ends = script.turn_ends(torch.tensor([e.chosen]))[0]
+        turns, begin = [], 0
+        for end in ends.nonzero().flatten().tolist():
+            turns.append([i for i, c in zip(e.tokens[begin : end + 1], e.chosen[begin : end + 1], strict=True) if c])
+            begin = end + 1
+        assert [chat.decode(ids) for ids in turns] == e.completions and not any(e.chosen[begin:])
+        assert all(ids[-1] in chat.eos_ids for ids in turns[:-1])
+        over = task.reply(e.problem, e.completions) is None
+        assert over or len(e.completions) == 5 or not e.finished
+        for k in range(1, len(e.completions)):
+            assert task.reply(e.problem, e.completions[:k]) is not None, "the user was done, yet the episode went on"
+
+
+def test_gae_and_rewards_across_turns_by_hand(script):
+    """Two turns of two tokens and one, a user turn between them: rewards 1 and 2, gamma 1/2, lambda 1/2, values 1."""
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1]]).bool()
+    rewards = script.place_rewards(torch.tensor([[1.0, 2.0]]), mask)
+    assert rewards.tolist() == [[0, 0, 1, 0, 0, 2]]
+    if not hasattr(script, "gae"):
+        return  # GRPO has no values: the scores of the turns are summed
+    values = torch.tensor([[9.0, 1.0, 1.0, 9.0, 9.0, 1.0]])
+    # last: 2 - 1 = 1;  before: 1 + 1/2 - 1 = 1/2, + 1/4 * 1 = 3/4;  first: 0 + 1/2 - 1 = -1/2, + 1/4 * 3/4 = -5/16
+    assert script.gae(rewards, values, mask, 0.5, 0.5).tolist() == [[0, -5 / 16, 3 / 4, 0, 0, 1]]

@@ -67,7 +67,7 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for color, flags, members in zip(colors, flags_of, groups.values(), strict=False):
-            script = flags["script"].removesuffix("_baseline").removesuffix("_math")
+            script = flags["script"].removesuffix("_baseline").removesuffix("_math").removesuffix("_dialogue")
             label = " ".join([script, *(f"{k}={flags[k]}" for k in sorted(varied) if k in flags)])
             curves = [series[key] for _, series in members if series.get(key)]
             if not curves:
