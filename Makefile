@@ -21,6 +21,8 @@ format: $(VENV)/installed
 
 model: $(VENV)/installed
 	$(PYTHON) -m utils.make_tiny_math
+	$(PYTHON) -m utils.make_tiny_dialogue
+	$(PYTHON) -m utils.reward_model --device cpu
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)

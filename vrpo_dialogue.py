@@ -6,7 +6,7 @@ logged and never used.
 
 Differs from vrpo_math.py in:
  1. The defaults: `--task dialogue`, the embedded assistant and reward model, up to twelve turns, no noise on top of the
-    reward model's own.
+    reward model's own, a KL penalty that keeps the policy where the reward model knows its way, fewer episodes.
  2. Nothing else. One grid (B, T) holds an episode of any number of turns: the user's words are outside the mask, GAE jumps over
     them, the bottleneck and the semantic losses act on the assistant's tokens of all turns. `ppo_baseline.py --task dialogue`
     and `grpo_baseline.py --task dialogue` run the same episodes with the same reward model.
@@ -84,9 +84,9 @@ class Args:
     max_prompt_tokens: int = 128
     """problems with longer prompts are counted and dropped"""
     # --- rollout ---
-    updates: int = 40
+    updates: int = 30
     """updates, each of prompts-per-update x samples-per-prompt episodes"""
-    prompts_per_update: int = 64
+    prompts_per_update: int = 32
     """different prompts in an update"""
     samples_per_prompt: int = 4
     """episodes for each of them (a group, for the methods and noise channels that have groups)"""
@@ -136,7 +136,7 @@ class Args:
     """epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
-    kl_coef: float = 0.0
+    kl_coef: float = 0.05
     """weight of the KL divergence to the reference"""
     kl_in: Literal["reward", "loss"] = "reward"
     """the KL penalty is a reward on every token, or the k3 estimate in the loss"""

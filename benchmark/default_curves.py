@@ -33,6 +33,7 @@ ARMS = {
     "math": {noise: ["--noise", noise] for noise in ("symmetric", "none", "random")},
     "dialogue": {
         "reward-model": [],
+        "no-kl": ["--kl-coef", "0"],
         "truth": ["--reward-model", "None"],
         "random": ["--reward-model", "None", "--noise", "random"],
     },
@@ -51,7 +52,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """the same seeds for every script: same problems, same noise"""
     arms: tuple[str, ...] = ()
-    """math: symmetric, none, random; dialogue: reward-model, truth, random; default: the first two"""
+    """math: symmetric, none, random; dialogue: reward-model, no-kl, truth, random; default: the first two"""
     workers: int = 2
     """runs at a time, one thread each"""
 

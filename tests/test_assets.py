@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from utils import make_tiny_dialogue, reward_model
 from utils import make_tiny_math as maker
 from utils.answers import is_correct
+from utils.dialogue import DialogueTask
+from utils.goals import UNSEEN
+from utils.models import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "assets" / "data" / "tiny_math"
@@ -86,3 +90,38 @@ def test_committed_data_is_what_the_maker_writes(tmp_path):
     for split in ("train", "test"):
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (DATA / f"{split}.jsonl").read_bytes()
     assert is_correct(rows("test")[0]["answer"], rows("test")[0]["answer"])
+
+
+def test_the_embedded_assistant_starts_at_a_middling_level(monkeypatch):
+    """And makes its mistakes out of habit: most are repeated by greedy decoding."""
+    monkeypatch.chdir(ROOT)
+    policy, chat = load_policy("assets/tiny_dialogue", torch.device("cpu"))
+    task = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
+    problems = [p for p in task.test if p.answer.group != UNSEEN][:150]
+    turns = reward_model.sample_dialogues(policy, chat, task, problems, reward_model.Args(temperature=0.0))
+    assert 0.40 <= task.measure(list(zip(problems, turns, strict=True)))["tcr"] <= 0.60
+    folder = ROOT / "assets" / "tiny_dialogue"
+    assert 1e6 <= policy.num_parameters() <= 3e6 and sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
+
+
+def test_the_readme_states_the_accuracy_of_the_embedded_reward_model():
+    report = json.loads((ROOT / "assets" / "tiny_reward" / "training.json").read_text())
+    accuracy = report["held_out"]["model_against_truth"]
+    assert 0.65 <= accuracy <= 0.79
+    assert f"**{accuracy:.0%}** of the pairs".replace("%", " %") in (ROOT / "README.md").read_text()
+    defaults = {k: str(v) if isinstance(v, Path) else v for k, v in vars(reward_model.Args()).items() if k != "device"}
+    assert {k: v for k, v in report["flags"].items() if k != "device"} == defaults, (
+        "made with other flags than the defaults"
+    )
+
+
+def test_the_maker_of_the_assistant_is_deterministic(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    digests = []
+    for name in ("a", "b"):
+        small = {"steps": 2, "batch_size": 2, "hidden_size": 32, "layers": 1}
+        make_tiny_dialogue.main(make_tiny_dialogue.Args(out=tmp_path / name, **small))
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
+    assert digests[0] == digests[1] and len(digests[0]) >= 4
+    torch.set_num_threads(1)

@@ -109,5 +109,6 @@ def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch,
     main(Args(out=tmp_path / "reward", goals=48, held_out_goals=32, epochs=1, device="cpu"))
     text = capsys.readouterr().out
     assert "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
+    torch.set_num_threads(1)
     loaded = load_reward_model(str(tmp_path / "reward"), CPU, 8)
     assert len(loaded.score([talk("calls: A(b)\nHi.", "Which b?")])) == 1

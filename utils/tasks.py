@@ -19,14 +19,15 @@ from utils.problems import Problem, Task
 
 # Defaults of the flags that go with --task.
 DEFAULTS = {
-    "math": {"model": "assets/tiny_math", "max_turns": 1, "reward_model": None, "noise": "symmetric"},
-    "dialogue": {
-        "model": "assets/tiny_dialogue",
-        "max_turns": 12,
-        "reward_model": "assets/tiny_reward",
-        "noise": "none",
+    "math": {
+        "model": "assets/tiny_math", "updates": 40, "prompts_per_update": 64, "max_turns": 1, "reward_model": None,
+        "noise": "symmetric", "kl_coef": 0.0,
     },
-}
+    "dialogue": {
+        "model": "assets/tiny_dialogue", "updates": 30, "prompts_per_update": 32, "max_turns": 12,
+        "reward_model": "assets/tiny_reward", "noise": "none", "kl_coef": 0.05,
+    },
+}  # fmt: skip
 QUESTION_COLUMNS = ("question", "problem", "prompt", "query", "input", "instruction")
 ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "target", "output", "label")
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
