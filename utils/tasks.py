@@ -117,7 +117,10 @@ def load_task(args, chat: Chat) -> Task:
         counts = {"with too long a prompt": len(asked) - len(short), "also in test": len(short) - len(problems)}
         dropped |= {f"{name} problems {reason}": n for reason, n in counts.items() if n}
         if not problems:
-            stop(f"--{name}-split: no problem is left of {len(asked)} (dropped: {dropped}); see --max-prompt-tokens")
+            split = getattr(args, f"{name}_split")
+            stop(
+                f"--{name}-split {split}: no problem is left of {len(asked)} (dropped: {dropped}); see --max-prompt-tokens"
+            )
     return kind(splits["train"], splits["test"], dropped)
 
 
