@@ -79,19 +79,26 @@ def run(task: str, script: str, arm: str, seed: int) -> None:
     print(f"{name}: {time.time() - began:.0f} s", flush=True)
 
 
+PICKS = {"start": lambda curve: curve[0], "last": lambda curve: curve[-1], "peak": max}
+
+
 def table(task: str) -> str:
-    """The task's measures at the start, at the end and at their peak: mean and range over seeds, in Markdown."""
-    lines = ["| script | arm | seeds | measure | start | last | peak |", "|---|---|---|---|---|---|---|"]
+    """Mean and range over seeds, in Markdown: the task's first measure at start, end and peak, the others at start and end."""
+    first, *others = MEASURES[task]
+    columns = [(first, pick) for pick in PICKS] + [(other, pick) for other in others for pick in ("start", "last")]
+    titles = ["script", "arm", "seeds", *(f"{measure.split('/')[1]}, {pick}" for measure, pick in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     results = ROOT / "benchmark" / "results" / FOLDERS[task]
     for arm in ARMS[task]:
         for script in SCRIPTS[task]:
             runs = [read_run(folder)[1] for folder in sorted(results.glob(f"{script}__{arm}__*"))]
-            for measure in MEASURES[task] if runs else []:
-                cells = []
-                for pick in (lambda c: c[0], lambda c: c[-1], max):
-                    values = [pick(list(series[measure].values())) for series in runs]
-                    cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-                lines.append(f"| {script} | {arm} | {len(runs)} | `{measure}` | {' | '.join(cells)} |")
+            cells = []
+            for measure, pick in columns if runs else []:
+                values = [PICKS[pick](list(series[measure].values())) for series in runs]
+                digits = 3 if max(values) <= 1 else 1
+                mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
+                cells.append(mean if low == high else f"{mean} ({low} to {high})")
+            lines += [f"| {' | '.join([script, arm, str(len(runs)), *cells])} |"] if runs else []
     return "\n".join(lines) + "\n"
 
 
