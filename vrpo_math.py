@@ -453,14 +453,14 @@ def judged(episode: Episode, args: Args) -> list[str]:
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
 
 
-def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], every: int) -> list[dict]:
-    """What was said in every `every`th episode, with reward and value at the end of each turn, and the true outcome."""
+def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], args: Args) -> list[dict]:
+    """An episode of every prompt: what was said, reward and value at the end of each turn, and the true outcome."""
     rows = []
-    for i in range(0, len(episodes), every):
+    for i in range(0, len(episodes), args.samples_per_prompt):
         episode = episodes[i]
         ends = turn_ends(batch["mask"][i : i + 1])[0]
         row = {"messages": task.messages(episode.problem, episode.completions), "rewards": rewards[i][ends].tolist()}
-        row["outcome"] = task.measure([(episode.problem, episode.completions)])
+        row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
         rows.append(row | {key: batch[key][i][ends].tolist() for key in ("values",) if key in batch})
     return rows
 
@@ -789,7 +789,7 @@ def main(args: Args) -> None:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics
             run.samples(update, samples)
-            run.transcripts(update, transcripts(task, episodes, rewards, batch, args.samples_per_prompt))
+            run.transcripts(update, transcripts(task, episodes, rewards, batch, args))
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
