@@ -487,6 +487,8 @@ def main(args: Args) -> None:
         stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math")
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
+    if args.reward_per == "turn":
+        stop("--reward-per turn: GRPO sums the rewards of an episode, so it would change nothing")
     device = pick_device(args.device)
     policy, chat = load_policy(args.model, device)
     task = load_task(args, chat)
@@ -506,7 +508,7 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels, scale = {}, state["scale"] if start else None  # of the reward model's scores: the first batch's
+    labels, scale = {}, state["scale"].get(args.reward_model) if start else None  # scale: of the first batch's scores
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         with precision:
@@ -541,7 +543,7 @@ def main(args: Args) -> None:
                 raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
             scores, scale = on_reward_scale(raw, scale)
             if args.truncated == "wrong":
-                scores[~finished, -1] = 0.0
+                scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
         else:
             seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
@@ -648,7 +650,7 @@ def main(args: Args) -> None:
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"optimizer": optimizer.state_dict(), "scale": scale}  # GRPO: no critic
+            state = {"optimizer": optimizer.state_dict(), "scale": {args.reward_model: scale}}  # GRPO: no critic
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

@@ -549,7 +549,7 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels, scale = {}, state["scale"] if start else None  # of the reward model's scores: the first batch's
+    labels, scale = {}, state["scale"].get(args.reward_model) if start else None  # scale: of the first batch's scores
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         with precision:
@@ -585,7 +585,7 @@ def main(args: Args) -> None:
                 raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
             scores, scale = on_reward_scale(raw, scale)
             if args.truncated == "wrong":
-                scores[~finished, -1] = 0.0
+                scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
         else:
             seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
@@ -700,7 +700,11 @@ def main(args: Args) -> None:
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict(), "scale": scale}
+            state = {
+                "critic": critic.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scale": {args.reward_model: scale},
+            }
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

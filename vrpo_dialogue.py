@@ -1,7 +1,7 @@
 """VRPO for task-oriented dialogue: the method of vrpo_math.py on episodes of many turns, under a learned reward that errs.
 
-The policy is the assistant, a simulated user has a goal, and a reward model that ranks about three pairs in four as the true
-outcome does takes the place of the verifier. What the optimiser sees is that model's score; whether the goal was reached is
+The policy is the assistant, a simulated user has a goal, and a reward model that ranks seven pairs in ten as the true outcome
+does takes the place of the verifier. What the optimiser sees is that model's score; whether the goal was reached is
 logged and never used.
 
 Differs from vrpo_math.py in:
@@ -623,7 +623,7 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels, scale = {}, state["scale"] if start else None  # of the reward model's scores: the first batch's
+    labels, scale = {}, state["scale"].get(args.reward_model) if start else None  # scale: of the first batch's scores
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         with precision:
@@ -659,7 +659,7 @@ def main(args: Args) -> None:
                 raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
             scores, scale = on_reward_scale(raw, scale)
             if args.truncated == "wrong":
-                scores[~finished, -1] = 0.0
+                scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
         else:
             seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
@@ -796,7 +796,11 @@ def main(args: Args) -> None:
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"critic": critic.state_dict(), "optimizer": optimizer.state_dict(), "scale": scale}
+            state = {
+                "critic": critic.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scale": {args.reward_model: scale},
+            }
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

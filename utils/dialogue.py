@@ -7,7 +7,8 @@ The assistant speaks in plain text and acts by a line of its own that holds noth
 
 Its prompt lists the calls as `Name(required slots; optional slots)`. A well-formed call is carried out and answered by a line
 `result: slot=value; ...` in front of the user's next words, a malformed one by `error: ...`. A transactional call cannot be
-taken back: with a wrong value, its subgoal is lost. After any other call with a wrong value the user corrects the value.
+taken back: with a wrong value, or with another intent than the user's, the subgoal at hand is lost. After any other call with a
+wrong value the user corrects the value. While the user waits for a result to be told, calls find nothing and change nothing.
 
     python -m utils.dialogue --model assets/tiny_dialogue            # be the user yourself
     python -m utils.dialogue --play 3                                # watch three dialogues with the simulated user
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import stop
-from utils.goals import UNSEEN, Goal, Intent, Subgoal, load_goals, spoken, statement
+from utils.goals import ANY, UNSEEN, Goal, Intent, Subgoal, load_goals, spoken, statement
 from utils.keyed import coin
 from utils.models import answer, load_policy, pick_device
 from utils.problems import Problem, Task
@@ -150,6 +151,16 @@ def says(text: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value.lower())}(?!\w)", text.lower()) is not None
 
 
+def tells(text: str, slot: str, value: str) -> bool:
+    """Whether a text tells the value of a slot: in its words or, if it is True or False, by a yes or no or a sentence about it."""
+    if says(text, value) or value not in ("True", "False"):
+        return says(text, value)
+    denied = re.search(r"\b(no|not|none|neither|cannot|without)\b|n't", text.lower()) is not None
+    about = any(re.search(rf"\b{word[:5]}", text.lower()) for word in slot.lower().split("_") if word not in FILLERS)
+    affirmed = about or re.search(r"\b(yes|yeah|yep|sure|correct)\b", text.lower()) is not None
+    return denied if value == "False" else affirmed and not denied
+
+
 # --- the user ---
 
 WORDS = {
@@ -217,6 +228,8 @@ class User:
     def right(self, slot: str, value: str) -> bool:
         """Whether a value is the one that the user wants, as far as the user has said."""
         change = self.subgoal.change
+        if ANY in self.subgoal.values[slot]:
+            return True
         if change and change[0] == slot and not same(self.told.get(slot, ""), self.subgoal.values[slot][0]):
             return same(value, change[1])  # not taken back yet
         return any(same(value, spelling) for spelling in self.subgoal.values[slot])
@@ -259,8 +272,7 @@ class User:
     def see_call(self, call: Call) -> str:
         intent, self.acted = self.subgoal.intent, True
         over = len(self.done) > self.index
-        wrong = [s for s in self.subgoal.values if s in self.told or s in intent.required]
-        wrong = [s for s in wrong if not self.right(s, call.values.get(s, ""))]
+        wrong = [slot for slot in self.subgoal.values if not self.right(slot, call.values.get(slot, ""))]
         extra = [s for s in call.values if s not in self.subgoal.values]
         if call.intent == intent and not wrong and not extra and not over:
             self.done.append(True)
@@ -279,9 +291,9 @@ class User:
         return self.lose_patience("result: nothing found\n" + said)
 
     def hear_result(self, text: str) -> str:
-        told = [slot for slot in self.waiting[:1] if says(text, self.subgoal.results[slot])]
-        if told:
-            self.waiting.remove(told[0])
+        left = [slot for slot in self.waiting if not tells(text, slot, self.subgoal.results[slot])]
+        if left != self.waiting:
+            self.waiting = left
             return self.go_on()
         return self.lose_patience(self.say("repeat", spoken(self.waiting[0])))
 
@@ -297,17 +309,17 @@ class User:
             self.told[change[0]] = self.subgoal.values[change[0]][0]
             said.append(self.say("change", spoken(change[0]), self.told[change[0]]))
         if new or any(says(text, before[slot]) for slot in again):  # asking to confirm, once, is not useless
-            return " ".join(said)
-        return self.lose_patience(" ".join(said) or self.say("again"))
+            return " ".join(dict.fromkeys(said))
+        return self.lose_patience(" ".join(dict.fromkeys(said)) or self.say("again"))
 
     def answer(self, text: str, slot: str) -> str:
         """To a question about a slot: yes to the right value, a correction of another possible one, else the value."""
         told = slot in self.told
-        if says(text, self.value(slot)):
+        named = [v for v in self.goal.values.get(slot, ()) if says(text, v) and not same(v, self.value(slot))]
+        if not named and says(text, self.value(slot)):
             self.tell(slot)
             return self.say("yes")
-        others = [v for v in self.goal.values.get(slot, ()) if says(text, v)]
-        if len(others) == 1:  # several are a list to choose from
+        if len(named) == 1 and not says(text, self.value(slot)):  # several are a list to choose from
             self.tell(slot)
             return self.say("correct", spoken(slot), self.value(slot))
         return self.tell(slot) if not told else self.say("inform", spoken(slot), self.value(slot))
@@ -474,6 +486,8 @@ def print_sample(console: Console, run: Path, count: int) -> None:
         rows = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         stop(f"--sample {run}: no readable transcripts.jsonl there (a run writes it at every evaluation)")
+    if not rows:
+        stop(f"--sample {run}: no evaluation yet")
     if "tcr" not in rows[0]["outcome"]:
         stop(f"--sample {run}: not a run with --task dialogue")
     for row in [row for row in rows if row["update"] == rows[-1]["update"]][:count]:
@@ -529,6 +543,11 @@ def converse(console: Console, args: Args, policy, chat, problem: Problem, perso
 
 def main(args: Args) -> None:
     console = Console(highlight=False)
+    if (
+        min(args.count, args.max_turns, args.max_new_tokens, 1 if args.play is None else args.play) < 1
+        or args.temperature < 0
+    ):
+        stop("--play, --count, --max-turns and --max-new-tokens must be at least 1, --temperature at least 0")
     if args.sample:
         print_sample(console, args.sample, args.count)
         return

@@ -16,6 +16,7 @@ from typing import Any
 from utils.errors import stop
 
 DRAWN = {"train": 2048, "test": 384}  # goals drawn from a schema without dialogues
+ANY = "any"  # the value of a slot about which the user does not care
 UNSEEN = "unseen"  # group of the test goals that use a service which the training split does not have
 # The five domains and the services, or families of services, that belong to them.
 DOMAINS = {
@@ -167,15 +168,19 @@ def draw_goals(services: dict[str, Service], seen: dict[str, Service], split: st
     """`count` goals, going round the domains and, in the test split, the unseen services. No value combination of a seen
     service is in both splits."""
     groups: dict[str, list[Service]] = {}
-    for service in services.values():
+    for service in (s for s in services.values() if s.intents):
         groups.setdefault(domain(service.name) if service.name in seen else UNSEEN, []).append(service)
     rng, goals = random.Random(f"goals {split}"), []
     names = sorted(groups)
-    while len(goals) < count:
+    for _ in range(100 * count if names else 0):
+        if len(goals) == count:
+            break
         group = names[len(goals) % len(names)]
         goal = draw_goal(rng.choice(groups[group]), group, f"{split} {len(goals)}", rng)
         if group == UNSEEN or side(goal) == split:
             goals.append(goal)
+    if len(goals) < count:
+        stop(f"--schema: too few different goals for {split} can be drawn from its services: {len(goals)} of {count}")
     return goals
 
 
@@ -196,7 +201,7 @@ def draw_subgoal(intent: Intent, service: Service, rng: random.Random) -> Subgoa
     values = {slot: (rng.choice(service.values[slot]),) for slot in slots}
     volunteered = tuple(s for s in slots if s in intent.optional or rng.random() < 0.25)
     change = None
-    if rng.random() < 0.25:
+    if rng.random() < 0.25 and intent.required:
         slot = rng.choice(intent.required)
         others = [v for v in service.values[slot] if v != values[slot][0]]
         change = (slot, rng.choice(others)) if others else None
@@ -211,18 +216,19 @@ def draw_subgoal(intent: Intent, service: Service, rng: random.Random) -> Subgoa
 def annotated_goals(file: Path, services: dict[str, Service], seen: dict[str, Service]) -> list[Goal]:
     """The goals of the users in a file of dialogues. A dialogue that asks for nothing is left out."""
     goals = []
-    for dialogue in read_json(file):
-        try:
+    try:
+        for dialogue in read_json(file):
             goal = annotated_goal(dialogue, services, seen, f"{file.parent.name} {dialogue['dialogue_id']}")
-        except (KeyError, TypeError, IndexError) as error:
-            stop(f"--schema {file}: not in the format of Schema-Guided Dialogue ({type(error).__name__}: {error})")
-        goals += [goal] if goal else []
+            goals += [goal] if goal else []
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        stop(f"--schema {file}: not in the format of Schema-Guided Dialogue ({type(error).__name__}: {error})")
     return goals
 
 
 def annotated_goal(dialogue: dict, services: dict[str, Service], seen: dict[str, Service], key: str) -> Goal | None:
-    """The subgoals are the intents in the order in which they become active, each with the last values of its slots; a slot
-    whose value was another one when its intent was stated is a change of mind."""
+    """The subgoals are the intents in the order in which they become active, each with the last values of its slots. A slot
+    whose value was another one when its intent was stated is a change of mind; a value that was told or returned under the same
+    name earlier in the dialogue need not be asked for again."""
     found: dict[tuple[str, str], dict] = {}  # by service and intent
     words: dict[str, str] = {}
     current = None
@@ -259,11 +265,18 @@ def annotated_goal(dialogue: dict, services: dict[str, Service], seen: dict[str,
         if any(slot not in values for slot in intent.required):
             continue  # given up before it was complete
         values = {slot: values[slot] for slot in (*intent.required, *intent.optional) if slot in values}
+        values = {
+            s: (ANY,) if "dontcare" in v else v
+            for s, v in values.items()
+            if "dontcare" not in v or s in intent.required
+        }
         told = {slot: said for slot, said in notes["told"].items() if slot in values}
         changed = [slot for slot, said in told.items() if said[0] not in values[slot]]
         if len(changed) > 1:
             words.pop(f"open {name}", None)
-        untold = [slot for slot in values if slot in intent.optional and slot not in told]
+        earlier = [v for s in subgoals for v in ({k: x[0] for k, x in s.values.items()}, s.results)]
+        known = [slot for slot in values if slot not in told and any(e.get(slot) in values[slot] for e in earlier)]
+        untold = [slot for slot in values if slot in intent.optional and slot not in (*told, *known)]
         if f"open {name}" in words:
             words[f"open {name}"] += "".join(f" {statement(slot, values[slot][0])}" for slot in untold)
         results = {slot: value for slot, value in notes["results"].items() if slot not in values}
@@ -271,7 +284,7 @@ def annotated_goal(dialogue: dict, services: dict[str, Service], seen: dict[str,
         shown = dict.fromkeys((*requests, *list(results)[:3]))  # a line, not a page
         change = (changed[0], told[changed[0]][0]) if len(changed) == 1 else None
         subgoals.append(
-            Subgoal(intent, values, (*told, *untold), change, {slot: results[slot] for slot in shown}, requests)
+            Subgoal(intent, values, (*told, *untold, *known), change, {slot: results[slot] for slot in shown}, requests)
         )
     if not subgoals:
         return None

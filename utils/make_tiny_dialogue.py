@@ -15,7 +15,6 @@ the services that the test split alone has.
 
 import dataclasses
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,6 @@ def main(args: Args) -> None:
         return rows
 
     model = train(args, tokenizer, examples, lambda _: f"{time.time() - start:.0f} s")
-    shutil.rmtree(args.out, ignore_errors=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(

@@ -62,6 +62,7 @@ def answer(policy, chat: Chat, conversations: list[list[dict[str, str]]], tokens
     """The policy's next turn in every conversation, sampled, or greedy with temperature 0. The tools talk to a model this way;
     the scripts have their own rollout, which keeps the tokens."""
     rows = [conversation_ids(chat.tokenizer, messages, to_be_continued=True) for messages in conversations]
+    chat.tokenizer.pad_token = chat.tokenizer.pad_token or chat.tokenizer.decode([chat.pad_id])
     inputs = chat.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(policy.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     output = policy.generate(**inputs, max_new_tokens=tokens, **sampling)

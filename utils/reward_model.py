@@ -14,7 +14,6 @@ Its accuracy is reported against the true outcome and against the annotator, on 
 
 import json
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from utils.dialogue import DialogueTask, outcome
 from utils.errors import stop
 from utils.models import answer, conversation_ids, first_line, load_policy, pick_device
 from utils.problems import Problem
+from utils.run import check_ranges
 
 Conversation = list[dict[str, str]]
 
@@ -203,6 +203,7 @@ def train(model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     start = time.time()
     torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
     device = pick_device(args.device)
@@ -221,7 +222,6 @@ def main(args: Args) -> None:
     train(model, pairs, args)
     model.model.eval()
     found = accuracy(model, held_out)
-    shutil.rmtree(args.out, ignore_errors=True)
     model.model.save_pretrained(args.out)
     model.tokenizer.save_pretrained(args.out)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

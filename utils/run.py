@@ -27,7 +27,7 @@ ArgsType = TypeVar("ArgsType")
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
-    "gamma", "gae_lambda", "critic_lambda", "token_ratio",
+    "gamma", "gae_lambda", "critic_lambda", "token_ratio", "label_noise", "length_bias",
 )  # fmt: skip
 HEADLINES = {"eval/accuracy": "clean held-out accuracy", "eval/average": "held-out mean of TCR, ACR and GCR"}
 SHOWN = {
@@ -61,6 +61,7 @@ def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
     if saved.pop("script") != Path(sys.argv[0]).stem:
         stop(f"--resume {args.resume}: that run was made by another script")
     saved = {f.name: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved}
+    saved |= {f.name: Path(saved[f.name]) for f in dataclasses.fields(cls) if f.name in saved and f.type is Path}
     return dataclasses.replace(tyro.cli(cls, default=cls(**saved)), resume=args.resume)
 
 
