@@ -70,7 +70,7 @@ def dialogue_flags() -> dict:
     """Flags that turn the small run into one with the embedded assistant, user and reward model."""
     return {
         "task": "dialogue", "model": str(ROOT / "assets" / "tiny_dialogue"), "schema": ROOT / "assets" / "data" / "tiny_dialogue",
-        "reward_model": str(ROOT / "assets" / "tiny_reward"), "noise": "none", "max_turns": 6, "max_new_tokens": 40, "eval_size": 6,
+        "reward_model": str(ROOT / "assets" / "tiny_reward"), "noise": "none", "kl_coef": 0.0, "max_turns": 4, "max_new_tokens": 40, "eval_size": 6,
     }  # fmt: skip
 
 

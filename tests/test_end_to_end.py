@@ -289,7 +289,7 @@ def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags,
         assert [row["update"] for row in rows] == [1] * 4 + [2] * 4
         for row in rows:
             turns = [m for m in row["messages"] if m["role"] == "assistant"]
-            assert len(turns) == len(row["rewards"]) == len(row.get("values", row["rewards"])) <= 6
+            assert len(turns) == len(row["rewards"]) == len(row.get("values", row["rewards"])) <= 4
             assert row["rewards"][:-1] == [0.0] * (len(turns) - 1)
         assert ("values" in rows[0]) == (name != "grpo_baseline")
         first[name] = [(row["messages"], row["rewards"]) for row in rows[:4]]
@@ -330,10 +330,11 @@ def test_resume_of_a_dialogue_from_the_command_line(run_main, dialogue_flags, sh
     assert pd.read_csv(folder / "metrics.csv")["update"].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_reward_model_for_answers_to_questions_with_noise_on_top(name, run_main, dialogue_flags):
+def test_a_reward_model_for_answers_to_questions_with_noise_on_top(run_main, dialogue_flags):
     reward_model = dialogue_flags["reward_model"]
-    frame = pd.read_csv(run_main(name, reward_model=reward_model, noise="gaussian", **EMBEDDED) / "metrics.csv")
+    frame = pd.read_csv(
+        run_main("grpo_baseline", reward_model=reward_model, noise="gaussian", **EMBEDDED) / "metrics.csv"
+    )
     assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1] != pytest.approx(0.5, abs=1e-4)
 
 

@@ -106,9 +106,9 @@ def test_a_model_that_is_no_reward_model_is_refused(tiny_model, tmp_path):
 def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch, capsys):
     """A short training from the embedded policy: saved, loadable, its accuracy reported."""
     monkeypatch.chdir(ROOT)
-    main(Args(out=tmp_path / "reward", goals=48, held_out_goals=32, epochs=1, device="cpu"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    main(Args(out=tmp_path / "reward", goals=24, held_out_goals=16, max_turns=6, epochs=1, device="cpu"))
     text = capsys.readouterr().out
     assert "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
-    torch.set_num_threads(1)
     loaded = load_reward_model(str(tmp_path / "reward"), CPU, 8)
     assert len(loaded.score([talk("calls: A(b)\nHi.", "Which b?")])) == 1
