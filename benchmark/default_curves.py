@@ -40,7 +40,7 @@ ARMS = {
 }
 MEASURES = {
     "math": ["eval/accuracy"],
-    "dialogue": ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "charts/response_length"],
+    "dialogue": ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/impatient"],
 }
 FOLDERS = {"math": "default", "dialogue": "dialogue"}
 

@@ -25,6 +25,8 @@ PANELS = {
     "critic/explained_variance_clean": "explained variance, clean returns",
     "objective/entropy": "entropy (nats per token)",
     "charts/response_length": "response length (tokens)",
+    "eval/turns": "turns of held-out dialogues",
+    "sampled/impatient": "sampled dialogues that the user broke off",
 }
 
 
