@@ -144,6 +144,7 @@ def load_goals(folder: Path, train_split: str, test_split: str) -> dict[str, lis
         files = sorted(where.glob("dialogues_*.json"))
         if files:
             found = [goal for file in files for goal in annotated_goals(file, services, seen)]
+            random.Random(f"goals {split}").shuffle(found)  # the files go service by service; any part is to have all
             goals[split] = [g for g in found if not single or (side(g) == split)]
         else:
             goals[split] = draw_goals(services, seen, split, DRAWN[split])
