@@ -447,6 +447,16 @@ def test_goals_of_annotated_dialogues(tmp_path):
     assert rates(g, *turns) == (1.0, 1.0, 1.0)
 
 
+def test_the_check_of_a_corpus_counts_what_can_be_completed_and_heard(tmp_path, capsys):
+    from benchmark import check_sgd
+
+    for split in ("train", "dev"):
+        write_corpus(tmp_path / split, [DIALOGUE])
+    check_sgd.main(check_sgd.Args(schema=tmp_path))
+    text = capsys.readouterr().out
+    assert text.count("1 of 1 goals") == 2 and "heard: 2 of 2 requested" in text
+
+
 def test_one_folder_for_both_splits_is_divided_by_value_combinations(tmp_path):
     dialogues = []
     for i in range(80):
