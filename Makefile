@@ -21,6 +21,7 @@ format: $(VENV)/installed
 
 model: $(VENV)/installed
 	$(PYTHON) -m utils.make_tiny_math
+	$(PYTHON) -m utils.make_tiny_science
 	$(PYTHON) -m utils.make_tiny_dialogue
 	$(PYTHON) -m utils.reward_model --device cpu
 
