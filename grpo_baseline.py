@@ -22,25 +22,24 @@ runs of different methods see the same prompts and the same noise, and a resumed
         --max-prompt-tokens 256 --max-new-tokens 256 --learning-rate 1e-6 --micro-batch-size 8
 """
 
-import copy
-import json
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
 from utils.errors import stop
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import load_policy, pick_device
-from utils.reward_model import load_reward_model
-from utils.run import Run, check_ranges, parse_args, peak_memory_gb, write_atomically
+from utils.models import load_policy, pick_device, trainable, twin
+from utils.reward_model import load_reward_model, on_reward_scale
+from utils.run import Run, check_ranges, parse_args, peak_memory_gb
 from utils.tasks import load_task
+from utils.votes import majority_vote
 
 # ==== 1. Args =========================================================================================================
 
@@ -63,24 +62,32 @@ class Args:
     wandb_project: str = "vrpo"
     """project name on Weights & Biases"""
     # --- the task ---
-    task: Literal["math", "dialogue"] = "math"
-    """math, or task-oriented dialogue with a simulated user; the defaults of some flags go with it"""
+    task: Literal["math", "science", "dialogue"] = "math"
+    """math, science, or task-oriented dialogue with a simulated user; the defaults of some flags go with it"""
     model: str = "assets/tiny_math"
     """policy at the start and frozen reference: a Hugging Face folder or hub id"""
     dataset: str = "assets/data/tiny_math"
     """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
     dataset_config: str | None = None
-    """configuration of the data set (a subfolder of a local one)"""
-    train_split: str = "train"
-    """split to train on; a slice such as train[:90%] is allowed"""
-    test_split: str = "test"
-    """held-out split; training problems that stand in it too are dropped"""
+    """configuration of the data set (a subfolder of a local one); default: the usual one"""
+    train_split: str | None = None
+    """split to train on; a slice such as train[:90%] is allowed; default: train"""
+    test_dataset: str | None = None
+    """data set of the held-out problems, NAME or NAME:CONFIG; default: the same"""
+    test_split: str | None = None
+    """held-out split; training problems that stand in it too are dropped; default: test"""
     question_column: str | None = None
     """column of the question; default: the first of question, problem, prompt, ..."""
     answer_column: str | None = None
     """column of the reference, bare or ending in `#### n` or a box; default: the first of answer, solution, ..."""
+    choices_column: str | None = None
+    """column with a list of options; the reference then is the right one's label, letter, position or text"""
     prompt_template: str = "{question}"
     """the user message around the question"""
+    system_prompt: str | None = None
+    """system message that opens every conversation"""
+    thinking: bool = False
+    """let a model think whose chat template knows it (Qwen3); what counts stands behind </think>"""
     schema: Path = Path("assets/data/tiny_dialogue")
     """dialogue: a folder in the format of Schema-Guided Dialogue, with a folder for each split or for both"""
     max_prompt_tokens: int = 128
@@ -130,6 +137,8 @@ class Args:
     """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer of policy and critic, the weights being frozen; 0 trains the weights"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: every learning rate falls to zero over the run"""
     max_grad_norm: float = 1.0
@@ -188,37 +197,12 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
     return observed
 
 
-def on_reward_scale(raw: Tensor, scale: tuple[float, float] | None) -> tuple[Tensor, tuple[float, float]]:
-    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2, so that they are on the scale
-    of the rewards 0 and 1; NaN, where an episode has no such turn, becomes 0. `scale`, the mean and deviation of raw final
-    scores, comes from the first batch and is kept (None: take it from this one)."""
-    mean, deviation = scale or (raw[:, -1].mean().item(), raw[:, -1].std(correction=0).item())
-    return (0.5 + 0.5 * (raw - mean) / max(deviation, 1e-6)).nan_to_num(0.0), (mean, deviation)
-
-
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
     right, says_right = clean > 0.5, observed > 0.5
     youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
-
-
-def majority_vote(policy, chat, task, problems: list, args: Args, run: Run) -> dict[str, str]:
-    """Pseudo-labels: for every prompt the most frequent final answer of `--vote-samples` rollouts of the initial policy."""
-    file = run.folder / "pseudo_labels.json"
-    labels = json.loads(file.read_text()) if file.exists() else {}
-    if not (problems := [p for key, p in {p.key: p for p in problems}.items() if key not in labels]):
-        return labels
-    run.print(f"majority vote: {args.vote_samples} samples for each of {len(problems)} prompts")
-    seed_torch(args.seed, "votes", len(labels))
-    votes: dict[str, Counter] = {p.key: Counter() for p in problems}
-    for episode in rollout(policy, chat, task, problems * args.vote_samples, args, args.temperature):
-        votes[episode.problem.key][task.final_answer(episode.completions[-1])] += 1
-    labels |= {key: count.most_common(1)[0][0] for key, count in votes.items()}
-    accuracy = sum(task.grade([f"#### {labels[p.key]}"], p.answer) for p in problems) / len(problems)
-    run.print(f"majority vote: label accuracy {accuracy:.3f}")
-    write_atomically(file, json.dumps(labels))
-    return labels
+    flipped = torch.where(clean.isnan(), torch.nan, (right != says_right).float())
+    return {"reward/flip_rate": flipped.mean().item(), "reward/youden_j": youden_j.item()}
 
 
 # ==== 3. Masked-tensor helpers ========================================================================================
@@ -302,16 +286,29 @@ def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
     return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+
+
 def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D)."""
-    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the largest tensors there are, so
+    no more than LOGITS_AT_ONCE of them exist at a time: each chunk's are computed again in the backward pass."""
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
+        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    if len(targets) <= rows:
+        return chunk(hidden, targets)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 # GRPO: no critic
 def make_optimizer(policy, args: Args) -> torch.optim.Optimizer:
     """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
-    groups = [{"name": "policy", "params": list(policy.parameters()), "lr": args.learning_rate}]
+    groups = [{"name": "policy", "params": trainable(policy), "lr": args.learning_rate}]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
@@ -470,8 +467,7 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
     metrics = {f"eval/{name}": value for name, value in outcomes.items()}
     metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
     samples = [
-        {**task.show(e.problem, e.completions), "right": task.grade(judged(e, args), e.problem.answer)}
-        for e in episodes
+        {**task.show(e.problem, e.completions), "right": task.grade(e.problem, judged(e, args))} for e in episodes
     ]
     return metrics, samples
 
@@ -484,15 +480,18 @@ def main(args: Args) -> None:
     if args.reward_per == "turn" and not args.reward_model:
         stop("--reward-per turn: only a reward model judges turns; give --reward-model")
     if args.noise == "majority-vote" and args.task == "dialogue":
-        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math")
+        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math or science")
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
     if args.reward_per == "turn":
         stop("--reward-per turn: GRPO sums the rewards of an episode, so it would change nothing")
     device = pick_device(args.device)
-    policy, chat = load_policy(args.model, device)
+    seed_torch(args.seed, "adapters")
+    policy, chat = load_policy(
+        args.model, device, args.lora_rank, getattr(torch, args.dtype), args.system_prompt, args.thinking
+    )
     task = load_task(args, chat)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = twin(policy).requires_grad_(False)
     judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
@@ -502,7 +501,7 @@ def main(args: Args) -> None:
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
-        policy, _ = load_policy(str(folder), device)
+        restore_policy(policy, folder, state)
     optimizer = make_optimizer(policy, args)  # GRPO: no critic
     rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
@@ -512,7 +511,9 @@ def main(args: Args) -> None:
     if args.noise == "majority-vote":
         visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
         with precision:
-            labels = majority_vote(reference, chat, task, visited, args, run)
+            labels = majority_vote(
+                lambda some: rollout(reference, chat, task, some, args, args.temperature), task, visited, args, run
+            )
     if start == 0:
         with precision:
             metrics, samples = evaluate(policy, chat, task, args)
@@ -536,7 +537,7 @@ def main(args: Args) -> None:
 
         # --- 9.2 observed reward ---
         lengths = [sum(e.chosen) for e in episodes]
-        clean = [task.grade(judged(e, args), e.problem.answer) for e in episodes]
+        clean = [task.grade(e.problem, judged(e, args)) for e in episodes]
         finished = torch.tensor([e.finished for e in episodes], device=device)
         if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
             with precision:
@@ -545,7 +546,10 @@ def main(args: Args) -> None:
             if args.truncated == "wrong":
                 scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
         else:
-            seen = [task.grade(judged(e, args), labels[e.problem.key]) for e in episodes] if labels else clean
+            seen = clean
+            if labels:
+                labelled = [replace(e.problem, answer=labels[e.problem.key]) for e in episodes]
+                seen = [task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)]
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
         observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)

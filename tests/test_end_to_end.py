@@ -240,7 +240,7 @@ def test_every_number_flag_of_vrpo_matters(run_main):
 
 def test_majority_vote_and_bfloat16(run_main):
     folder = run_main("ppo_baseline", noise="majority-vote", vote_samples=2, dtype="bfloat16", run_name="votes")
-    labels = json.loads((folder / "pseudo_labels.json").read_text())
+    labels = (folder / "pseudo_labels.jsonl").read_text().splitlines()
     frame = pd.read_csv(folder / "metrics.csv")
     assert len(labels) == 8 and frame["losses/value"][1:].notna().all()
 

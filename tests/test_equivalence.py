@@ -194,11 +194,11 @@ def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
 
 
 def test_truncated_answers():
-    task = MathTask([], [], {})
+    task, one = MathTask([], [], {}), Problem("q", "1", [])
     cut, whole = (SimpleNamespace(finished=f, completions=["x", "#### 1"]) for f in (False, True))
     assert ppo.judged(cut, ppo.Args(truncated="wrong")) == ["x", ""] and cut.completions == ["x", "#### 1"]
     rewards = {
-        t: [task.grade(ppo.judged(e, ppo.Args(truncated=t)), "1") for e in (cut, whole)]
+        t: [task.grade(one, ppo.judged(e, ppo.Args(truncated=t))) for e in (cut, whole)]
         for t in ("wrong", "grade", "mask")
     }
     assert rewards == {"wrong": [0.0, 1.0], "grade": [1.0, 1.0], "mask": [1.0, 1.0]}

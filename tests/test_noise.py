@@ -9,6 +9,9 @@ import torch
 import grpo_baseline
 import ppo_baseline as ppo
 import vrpo_math
+from utils.problems import Problem
+from utils.tasks import MathTask
+from utils.votes import majority_vote
 
 N = 4000
 KEYS = [f"prompt {i // 4}" for i in range(N)]
@@ -95,24 +98,35 @@ def test_reproducible_seeded_and_the_same_for_every_method(noise):
         assert first == module.observe(module.Args(noise=noise), CLEAN, KEYS, LENGTHS, 1)
 
 
-def test_majority_vote(tmp_path, monkeypatch):
-    """Three samples of two prompts: the majority is right for one and wrong for the other."""
-    answers = {"a": ["#### 1", "#### 2", "#### 2.0"], "b": ["no answer", "#### 7", "#### 7"]}
-    problems = [SimpleNamespace(key="a", answer="2"), SimpleNamespace(key="b", answer="8")]
+def test_majority_vote(tmp_path):
+    """Three samples of four prompts: the majority is right for one and wrong for the next, one has no reference, one no answer.
+    What was sampled before a stop is not sampled again."""
+    answers = {
+        "a": ["#### 1", "#### 2", "#### 2.0"], "b": ["no answer", "#### 7", "#### 7"], "c": ["", "", "#### 3"], "d": ["", "", "?"],
+    }  # fmt: skip
+    problems = [Problem("a", "2", []), Problem("b", "8", []), Problem("c", None, []), Problem("d", None, [])]
+    played, said = [], []
 
-    def rollout(policy, chat, task, problems, args, temperature):
+    def play(problems):
         counts = Counter()
         for p in problems:
             counts[p.key] += 1
+            played.append(p.key)
             yield SimpleNamespace(problem=p, completions=[answers[p.key][counts[p.key] - 1]])
 
-    from utils.tasks import MathTask
+    task, args = MathTask([], [], {}), ppo.Args(vote_samples=3, rollout_batch_size=3)
+    run = SimpleNamespace(folder=tmp_path, print=said.append, doing=lambda what: None)
+    assert majority_vote(play, task, problems[:2] * 2, args, run) == {"a": "2", "b": "7"}
+    assert "agreement 0.667, label accuracy 0.500, 0 without" in said[-1] and len(played) == 6
+    file = tmp_path / "pseudo_labels.jsonl"
+    file.write_text(file.read_text() + '{"key": "c", "lab')  # killed while writing
+    assert majority_vote(play, task, problems, args, run) == {"a": "2", "b": "7", "c": "3", "d": ""}
+    assert len(played) == 12 and "1 without an answer" in said[-1]
+    assert majority_vote(play, task, problems[2:], args, run) and "no references" in said[-1] and len(played) == 12
 
-    said = []
-    monkeypatch.setattr(ppo, "rollout", rollout)
-    run = SimpleNamespace(folder=tmp_path, print=said.append)
-    labels = ppo.majority_vote(None, None, MathTask([], [], {}), problems * 2, ppo.Args(vote_samples=3), run)
-    assert labels == {"a": "2", "b": "7"}
-    assert "label accuracy 0.500" in said[-1]
-    monkeypatch.setattr(ppo, "rollout", None)  # the second time they come from the run directory
-    assert ppo.majority_vote(None, None, MathTask([], [], {}), problems, ppo.Args(), run) == labels
+
+def test_without_a_reference_no_metric_pretends_to_know_the_truth(script):
+    unknown = torch.full((3,), float("nan"))
+    metrics = script.channel_metrics(unknown, torch.tensor([0.0, 1.0, 1.0]))
+    assert all(value != value for value in metrics.values())
+    assert MathTask([], [], {}).grade(Problem("q", None, []), ["#### 1"]) != 0.0

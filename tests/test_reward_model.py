@@ -17,6 +17,7 @@ from utils.reward_model import (
     bradley_terry_loss,
     load_reward_model,
     main,
+    on_reward_scale,
     pad_by_eos,
     train,
 )
@@ -82,14 +83,14 @@ def test_scores_of_turns_stand_on_the_right(model):
 
 def test_scores_on_the_scale_of_rewards_and_what_each_turn_adds(script):
     raw = torch.tensor([[float("nan"), 1.0], [2.0, 5.0]])
-    scores, scale = script.on_reward_scale(raw, None)
+    scores, scale = on_reward_scale(raw, None)
     assert scale == (3.0, 2.0) and scores.tolist() == [[0.0, 0.0], [0.25, 1.0]]
-    again, kept = script.on_reward_scale(raw + 4, scale)
+    again, kept = on_reward_scale(raw + 4, scale)
     assert kept == scale and again[:, -1].tolist() == [1.0, 2.0]
     gains = scores.diff(dim=1, prepend=torch.zeros(2, 1))
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
     assert script.place_rewards(gains, mask).tolist() == [[0, 0, 0, 0, 0], [0.25, 0, 0, 0.75, 0]]
-    constant, _ = script.on_reward_scale(torch.full((3, 1), 2.0), None)
+    constant, _ = on_reward_scale(torch.full((3, 1), 2.0), None)
     assert constant.tolist() == [[0.5]] * 3
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from utils.errors import stop
+from utils.models import save_policy
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -27,18 +31,35 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def save_checkpoint(run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2) -> None:
-    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep the newest `keep`."""
+    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep the newest `keep`. Of a module in
+    `state` what is trained is kept; with LoRA the policy's adapters are in it too, and merged into the weights of `policy/`."""
     folder = run / "checkpoints" / f"{update:06d}"
     temporary = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_pretrained(temporary / "policy")
+    save_policy(policy, temporary / "policy")
     tokenizer.save_pretrained(temporary / "policy")
-    torch.save(state, temporary / "state.pt")
+    adapters = {name: x for name, x in policy.state_dict().items() if "lora_" in name}
+    state = {key: trained_state(value) if isinstance(value, nn.Module) else value for key, value in state.items()}
+    torch.save({**state, "adapters": adapters}, temporary / "state.pt")
     (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     for old in complete_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
+    """Give the policy the weights of a checkpoint; with LoRA its adapters."""
+    adapters = state.get("adapters")
+    if bool(adapters) != isinstance(policy, PeftModel):
+        stop(f"--lora-rank: the run was made {'with' if adapters else 'without'} LoRA and cannot go on otherwise")
+    weights = adapters or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    policy.load_state_dict(weights, strict=not adapters)
+
+
+def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the parameters that are trained: what is frozen is loaded again from where it came."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

@@ -407,8 +407,8 @@ class DialogueTask(Task):
     def first_message(self, problem: Problem) -> str:
         return first_message(problem.answer, User(problem.answer, self.seed).open())
 
-    def grade(self, completions: list[str], answer: Goal) -> float:
-        return outcome(answer, completions, self.seed).gcr
+    def grade(self, problem: Problem, completions: list[str]) -> float:
+        return outcome(problem.answer, completions, self.seed).gcr
 
     def reply(self, problem: Problem, completions: list[str]) -> str | None:
         user, said = play(problem.answer, completions, self.seed)

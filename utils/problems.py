@@ -9,11 +9,12 @@ from typing import Any
 @dataclass(frozen=True)
 class Problem:
     """What an episode begins with. `key` names the problem in every random draw that belongs to it; `answer` is what counts as
-    right: a reference answer, or the goal of a user."""
+    right: a reference answer, the letter of one of the `options` where there are any, or the goal of a user."""
 
     key: str
     answer: Any
     prompt_ids: list[int]
+    options: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=2)
@@ -26,7 +27,7 @@ class Task:
     """What the tasks have in common.
 
     `train` and `test` are lists of Problem; `dropped` counts the problems that were left out, by reason. A task also has
-    `grade(completions, answer)`, `reply(problem, completions)`, `messages(problem, completions)` and `measure(pairs)`.
+    `grade(problem, completions)`, `reply(problem, completions)`, `messages(problem, completions)` and `measure(pairs)`.
     """
 
     def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):

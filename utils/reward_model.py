@@ -73,6 +73,14 @@ class RewardModel:
         return scores
 
 
+def on_reward_scale(raw: Tensor, scale: tuple[float, float] | None) -> tuple[Tensor, tuple[float, float]]:
+    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2, so that they are on the scale
+    of the rewards 0 and 1; NaN, where an episode has no such turn, becomes 0. `scale`, the mean and deviation of raw final
+    scores, comes from the first batch and is kept (None: take it from this one)."""
+    mean, deviation = scale or (raw[:, -1].mean().item(), raw[:, -1].std(correction=0).item())
+    return (0.5 + 0.5 * (raw - mean) / max(deviation, 1e-6)).nan_to_num(0.0), (mean, deviation)
+
+
 def load_reward_model(name: str, device: torch.device, batch_size: int) -> RewardModel:
     """A reward model from a Hugging Face folder or the hub. Stops with one sentence if it does not load, or has more than one
     output."""

@@ -24,7 +24,7 @@ from utils.plot import plot_runs
 from utils.tasks import DEFAULTS
 
 ArgsType = TypeVar("ArgsType")
-MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers")
+MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
     "gamma", "gae_lambda", "critic_lambda", "token_ratio", "label_noise", "length_bias",
@@ -181,6 +181,10 @@ class Run:
         """Append sampled episodes, with rewards and values, to transcripts.jsonl."""
         with (self.folder / "transcripts.jsonl").open("a") as file:
             file.writelines(json.dumps({"update": update, **row}) + "\n" for row in rows)
+
+    def doing(self, what: str) -> None:
+        """Show beside the progress bar what is going on."""
+        self.progress.update(self.bar, description=what)
 
     def print(self, message: Any) -> None:
         self.console.print(message)

@@ -1,0 +1,131 @@
+"""The science task in every script, votes on questions without labels, and the embedded world."""
+
+import json
+import random
+
+import pandas as pd
+import pytest
+
+from tests.conftest import ROOT, read_samples
+from utils import make_tiny_science as maker
+from utils.answers import LETTERS
+from utils.data import lay_out
+from utils.problems import Problem
+from utils.tasks import MathTask, ScienceTask
+
+EMBEDDED = {
+    "task": "science",
+    "model": str(ROOT / "assets" / "tiny_science"),
+    "dataset": str(ROOT / "assets/data/tiny_science"),
+    "max_new_tokens": 64,
+}
+ANIMAL = Problem("Which?", "B", [], ("gills", "lungs", "skin"))
+SHORT = Problem("What?", "melted rock", [])
+
+
+def test_grades():
+    task = ScienceTask([], [], {})
+    for text, letter in (("#### B", "B"), ("The answer is (C).", "C"), ("lungs", "B"), ("no idea", "")):
+        assert task.final_answer(ANIMAL, text) == letter and task.grade(ANIMAL, [text]) == float(letter == "B")
+        assert MathTask([], [], {}).grade(ANIMAL, [text]) == task.grade(
+            ANIMAL, [text]
+        )  # options are options in any task
+    assert task.grade(SHORT, ["granite\n#### the melted rock"]) == 1.0 and task.grade(SHORT, ["#### rock"]) == 0.0
+    assert task.final_answer(SHORT, "The answer is 1,000.") == "1000"
+
+
+@pytest.mark.parametrize("name", ["ppo_baseline", "grpo_baseline", "vrpo_math"])
+def test_every_script_runs_it(run_main, name):
+    """Letters and short answers are graded in training and evaluation."""
+    folder = run_main(name, **EMBEDDED, eval_size=16, updates=1)
+    frame = pd.read_csv(folder / "metrics.csv")
+    samples = read_samples(folder)
+    assert 0 < frame["eval/accuracy"][0] < 1 and any("A) " in s["question"] for s in samples)
+    assert any("A) " not in s["question"] and s["reference"] not in LETTERS for s in samples)
+    right = [s["right"] for s in samples if s["update"] == 0]
+    assert sum(right) / len(right) == pytest.approx(frame["eval/accuracy"][0])
+
+
+def test_defaults_go_with_the_task(command, shell):
+    done = shell([*command("ppo_baseline")[:2], "--task", "science", "--help"])
+    assert "assets/tiny_science" in done.stdout and "assets/data/tiny_science" in done.stdout
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_majority_votes_on_questions_with_and_without_labels(run_main, tmp_path, capsys, labelled):
+    """Without labels there is no clean reward to report, with options and without, and the run trains all the same."""
+    source = ROOT / "assets" / "data" / "tiny_science"
+    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()[:12]]
+    if not labelled:
+        rows = [{key: value for key, value in row.items() if key != "answerKey"} for row in rows]
+    folder = tmp_path / "unlabelled"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text((source / "test.jsonl").read_text())
+    flags = {
+        **EMBEDDED,
+        "dataset": str(folder),
+        "noise": "majority-vote",
+        "vote_samples": 4,
+        "choices_column": "choices",
+    }
+    frame = pd.read_csv(run_main("vrpo_math", **flags) / "metrics.csv")
+    assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1:].notna().all()
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert ("label accuracy" in said) == labelled and ("no references" in said) != labelled
+    assert ("reward/clean" in frame and frame["reward/clean"][1:].notna().all()) == labelled
+    if not labelled:
+        with pytest.raises(SystemExit, match="--answer-column: none of the usual names"):
+            run_main("vrpo_math", **flags | {"noise": "none", "run_name": "refused"})
+
+
+def test_the_embedded_world_is_consistent():
+    """Exactly one option is right, the checker accepts the right answer, and the pupil often gives another."""
+    rng = random.Random(0)
+    for _ in range(1500):
+        question = maker.make_question(rng)
+        _, answer = question.solve(maker.no_errors)
+        text = maker.write_up(question, maker.no_errors)
+        problem = Problem("q", answer, [], tuple(question.options))
+        if question.options:
+            assert question.options.count(answer) == 1 and len(question.options) <= 4
+            problem = Problem("q", LETTERS[question.options.index(answer)], [], tuple(question.options))
+        assert ScienceTask([], [], {}).grade(problem, [text]) == 1.0
+        assert lay_out(question.text, question.options).startswith(question.text)
+    misled = [
+        q
+        for q in (maker.make_question(rng) for _ in range(1500))
+        if maker.write_up(q, lambda _: True) != maker.write_up(q, maker.no_errors)
+    ]
+    assert len(misled) > 600
+
+
+def test_hand_checked_facts():
+    animals = maker.TOPICS[0]
+    assert animals.kind("whale") == "mammal" and maker.believed(animals, "whale", lambda _: True) == "fish"
+    for topic in maker.TOPICS:
+        assert set(topic.mistaken) <= set(topic.things()) and set(topic.mistaken.values()) <= set(topic.kinds)
+        assert all(topic.kind(thing) != wrong for thing, wrong in topic.mistaken.items())
+        assert len(topic.things()) == len(set(topic.things()))
+        for fact in topic.facts:
+            assert set(fact.values) <= set(topic.kinds) and set(fact.mistaken) <= set(fact.values)
+            assert all(fact.values[kind] != wrong for kind, wrong in fact.mistaken.items())
+
+
+def test_the_pupil_never_sees_a_test_question():
+    test = {
+        json.loads(line)["question"] for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
+    }
+    rows = [json.loads(line) for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()]
+    asked = {(row["question"], tuple(sorted(row["choices"]["text"]))) for row in rows}
+    seen = {
+        (lines[0], tuple(sorted(x[3:] for x in lines[1:])))
+        for lines in (q.split("\n") for q, _ in maker.pupil_examples(4000, seed=3))
+    }
+    assert test and not asked & seen
+
+
+def test_the_data_are_made_again(tmp_path):
+    maker.make_data(tmp_path, 200, 20, seed=1)
+    again = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert again == (ROOT / "assets/data/tiny_science/train.jsonl").read_text().splitlines()[:200]
