@@ -53,7 +53,7 @@ def play(policy, chat, task, args: Args, seed: int) -> list[tuple]:
         problems = [p for p in task.batch(seed, update + 1, 64) for _ in range(4)]
         seed_torch(seed, "rollout", update)
         episodes += vrpo.rollout(policy, chat, task, problems, flags, 1.0)
-    return [(e, vrpo.grade(task, e, e.problem.answer, flags)) for e in episodes]
+    return [(e, task.grade(e.problem, vrpo.judged(e, flags))) for e in episodes]
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def fit(policy, chat, played: list[tuple], args: Args, flags, seed: int) -> tupl
     fresh = {key: value[args.rollouts :] for key, value in batch.items()}
     seed_torch(seed, "critic")
     critic = vrpo.Critic(policy, flags)
-    critic.start_at(returns.mean().item())
+    vrpo.nn.init.constant_(critic.head.bias, returns.mean().item())
     optimizer = vrpo.make_optimizer(policy, critic, flags)
     train["returns"] = returns.unsqueeze(1).expand(train["mask"].shape)
     step = 0

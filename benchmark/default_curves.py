@@ -1,20 +1,24 @@
-"""The learning curves of the README: PPO, GRPO and VRPO at their defaults, several seeds, with noise and without.
+"""The learning curves of the README: PPO, GRPO and VRPO, the same seeds, noise, budget and learning rates for all.
 
-    python benchmark/default_curves.py                       # hours on two cores; stop and start it at will
+    python benchmark/default_curves.py                       # the embedded math default; hours on two cores, stop and start at will
     python benchmark/default_curves.py --seeds 1 --arms symmetric
-    python benchmark/default_curves.py --task dialogue --arms reward-model
+    python benchmark/default_curves.py --suite science
+    python benchmark/default_curves.py --suite dialogue --arms reward-model
+    python benchmark/default_curves.py --suite word-problems --arms none --seeds 1     # SmolLM2-135M-Instruct
+    python benchmark/default_curves.py --suite arc-easy --arms none --seeds 1 --model DIR --data DIR
 
 Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped. Results: args.json and
-metrics.csv of every run in benchmark/results/default/ or dialogue/, a figure for each arm, and table.md.
+metrics.csv of every run in benchmark/results/<folder of the suite>/, a figure for each arm, and table.md.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,50 +29,94 @@ sys.path.insert(0, str(ROOT))
 from utils.errors import stop  # noqa: E402
 from utils.plot import plot_runs, read_run  # noqa: E402
 
-SCRIPTS = {
-    "math": {"ppo_baseline": [], "grpo_baseline": [], "vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"]},
-    "dialogue": {"ppo_baseline": ["--task", "dialogue"], "grpo_baseline": ["--task", "dialogue"], "vrpo_dialogue": []},
+
+@dataclass(frozen=True)
+class Suite:
+    """Scripts with the flags that only one of them has, flags of all, arms with their flags (the first two are the default), and
+    the measures of the table: the first at start, end and peak, the others at start and end."""
+
+    folder: str
+    scripts: dict[str, list[str]]
+    flags: list[str]
+    arms: dict[str, list[str]]
+    measures: list[str] = field(default_factory=lambda: ["eval/accuracy"])
+    data: str = ""
+
+
+NOISES = {noise: ["--noise", noise] for noise in ("symmetric", "none", "random")}
+QUESTIONS = {"ppo_baseline": [], "grpo_baseline": [], "vrpo_math": []}
+REAL = shlex.split(
+    "--updates 8 --prompts-per-update 8 --samples-per-prompt 4 --epochs 1 --minibatch-size 16 --micro-batch-size 8 "
+    "--dtype bfloat16 --learning-rate 2e-5 --eval-every 4 --eval-size 64 --save-every 4 --rollout-batch-size 64 "
+    "--max-prompt-tokens 160 --train-split train[:90%] --test-split train[90%:] --truncated grade"
+)
+CRITIC = ["--critic-learning-rate", "5e-5"]
+REAL_SCRIPTS = {"ppo_baseline": CRITIC, "grpo_baseline": [], "vrpo_math": [*CRITIC, "--beta-warmup", "3"]}
+WORDS = '{question}\nEnd with "The answer is" and the number.'
+LETTER = "{question}\nAnswer with one letter."
+SYSTEM = "You answer questions of science. Your answer is the right option, such as: B) water"
+ARC = ["--task", "science", "--dataset-config", "ARC-Easy", "--max-new-tokens", "16"]
+SUITES = {
+    "word-problems": Suite(
+        "word_problems",
+        REAL_SCRIPTS,
+        [*REAL, "--max-new-tokens", "48", "--prompt-template", WORDS],
+        NOISES,
+        data="asdiv_mawps",
+    ),
+    "arc-easy": Suite(
+        "arc_easy",
+        REAL_SCRIPTS,
+        [*REAL, *ARC, "--prompt-template", LETTER, "--system-prompt", SYSTEM],
+        NOISES,
+        data="allenai/ai2_arc",
+    ),
+    "math": Suite("default", QUESTIONS | {"vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"]}, [], NOISES),
+    "science": Suite("science", QUESTIONS, ["--task", "science"], NOISES),
+    "dialogue": Suite(
+        "dialogue",
+        {"ppo_baseline": [], "grpo_baseline": [], "vrpo_dialogue": []},
+        ["--task", "dialogue"],
+        {
+            "reward-model": [],
+            "no-kl": ["--kl-coef", "0"],
+            "truth": ["--reward-model", "None"],
+            "random": ["--reward-model", "None", "--noise", "random"],
+        },
+        ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/impatient"],
+    ),
 }
-ARMS = {
-    "math": {noise: ["--noise", noise] for noise in ("symmetric", "none", "random")},
-    "dialogue": {
-        "reward-model": [],
-        "no-kl": ["--kl-coef", "0"],
-        "truth": ["--reward-model", "None"],
-        "random": ["--reward-model", "None", "--noise", "random"],
-    },
-}
-MEASURES = {
-    "math": ["eval/accuracy"],
-    "dialogue": ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/impatient"],
-}
-FOLDERS = {"math": "default", "dialogue": "dialogue"}
 
 
 @dataclass
 class Args:
-    task: Literal["math", "dialogue"] = "math"
-    """task of the runs"""
+    suite: Literal["math", "science", "dialogue", "word-problems", "arc-easy"] = "math"
+    """which curves"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """the same seeds for every script: same problems, same noise"""
     arms: tuple[str, ...] = ()
-    """math: symmetric, none, random; dialogue: reward-model, no-kl, truth, random; default: the first two"""
+    """of the suite; default: its first two"""
     workers: int = 2
     """runs at a time, one thread each"""
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """word-problems, arc-easy: the policy at the start"""
+    data: str | None = None
+    """word-problems, arc-easy: the data set; default: asdiv_mawps here, and allenai/ai2_arc"""
 
 
-def run(task: str, script: str, arm: str, seed: int) -> None:
+def run(args: Args, suite: Suite, script: str, arm: str, seed: int) -> None:
     """One run, unless its results are there already."""
-    name, results = f"{script}__{arm}__{seed}", ROOT / "benchmark" / "results" / FOLDERS[task]
+    name, results = f"{script}__{arm}__{seed}", ROOT / "benchmark" / "results" / suite.folder
     if (results / name / "metrics.csv").exists():
         return
-    folder = ROOT / "runs" / "default_curves" / task / name
-    where = (
-        ["--resume", str(folder)]
-        if (folder / "args.json").exists()
-        else ["--run-name", f"default_curves/{task}/{name}"]
-    )
-    flags = [*SCRIPTS[task][script], *ARMS[task][arm], "--seed", str(seed)]
+    folder = ROOT / "runs" / "default_curves" / suite.folder / name
+    if (folder / "args.json").exists():
+        where = ["--resume", str(folder)]
+    else:
+        where = ["--run-name", f"default_curves/{suite.folder}/{name}"]
+    flags = [*suite.flags, *suite.scripts[script], *suite.arms[arm], "--seed", str(seed)]
+    if suite.data:
+        flags += ["--model", args.model, "--dataset", args.data or suite.data]
     began = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{script}.py", *flags, *where]
@@ -82,15 +130,15 @@ def run(task: str, script: str, arm: str, seed: int) -> None:
 PICKS = {"start": lambda curve: curve[0], "last": lambda curve: curve[-1], "peak": max}
 
 
-def table(task: str) -> str:
-    """Mean and range over seeds, in Markdown: the task's first measure at start, end and peak, the others at start and end."""
-    first, *others = MEASURES[task]
+def table(suite: Suite) -> str:
+    """Mean and range over seeds, in Markdown."""
+    first, *others = suite.measures
     columns = [(first, pick) for pick in PICKS] + [(other, pick) for other in others for pick in ("start", "last")]
     titles = ["script", "arm", "seeds", *(f"{measure.split('/')[1]}, {pick}" for measure, pick in columns)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    results = ROOT / "benchmark" / "results" / FOLDERS[task]
-    for arm in ARMS[task]:
-        for script in SCRIPTS[task]:
+    results = ROOT / "benchmark" / "results" / suite.folder
+    for arm in suite.arms:
+        for script in suite.scripts:
             runs = [read_run(folder)[1] for folder in sorted(results.glob(f"{script}__{arm}__*"))]
             cells = []
             for measure, pick in columns if runs else []:
@@ -103,19 +151,20 @@ def table(task: str) -> str:
 
 
 def main(args: Args) -> None:
-    results = ROOT / "benchmark" / "results" / FOLDERS[args.task]
-    arms = args.arms or tuple(ARMS[args.task])[:2]
-    if unknown := set(arms) - set(ARMS[args.task]):
-        stop(f"--arms {' '.join(unknown)}: with --task {args.task} there are {', '.join(ARMS[args.task])}")
-    jobs = [(args.task, script, arm, seed) for arm in arms for seed in args.seeds for script in SCRIPTS[args.task]]
+    suite = SUITES[args.suite]
+    results = ROOT / "benchmark" / "results" / suite.folder
+    arms = args.arms or tuple(suite.arms)[:2]
+    if unknown := set(arms) - set(suite.arms):
+        stop(f"--arms {' '.join(unknown)}: the suite {args.suite} has {', '.join(suite.arms)}")
+    jobs = [(args, suite, script, arm, seed) for arm in arms for seed in args.seeds for script in suite.scripts]
     with ThreadPoolExecutor(args.workers) as pool:
         for job in [pool.submit(run, *job) for job in jobs]:
             job.result()
     for arm in arms:
-        folders = [f for script in SCRIPTS[args.task] for f in sorted(results.glob(f"{script}__{arm}__*"))]
+        folders = [f for script in suite.scripts for f in sorted(results.glob(f"{script}__{arm}__*"))]
         print(plot_runs(folders, results / f"{arm}.png"))
-    (results / "table.md").write_text(table(args.task))
-    print(table(args.task))
+    (results / "table.md").write_text(table(suite))
+    print(table(suite))
 
 
 if __name__ == "__main__":
