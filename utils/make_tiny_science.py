@@ -1,6 +1,6 @@
 """Make the embedded science default again: a small closed world (`assets/data/tiny_science`) and the tiny model that starts on it.
 
-    python -m utils.make_tiny_science                     # about 10 minutes on two cores, same bytes every time
+    python -m utils.make_tiny_science                     # about 12 minutes on two cores, same bytes every time
     python -m utils.make_tiny_science --out /tmp/other --steps 500
 
 The world: things of nine topics (animals, materials, rocks, ...), each of some kind, and facts that hold for a kind. A question
