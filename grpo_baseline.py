@@ -199,10 +199,10 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
 
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
+    clean, observed = clean[~clean.isnan()], observed[~clean.isnan()]  # where no reference is known, nothing is
     right, says_right = clean > 0.5, observed > 0.5
     youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    flipped = torch.where(clean.isnan(), torch.nan, (right != says_right).float())
-    return {"reward/flip_rate": flipped.mean().item(), "reward/youden_j": youden_j.item()}
+    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
 
 
 # ==== 3. Masked-tensor helpers ========================================================================================
@@ -479,8 +479,8 @@ def main(args: Args) -> None:
     check_ranges(args)
     if args.reward_per == "turn" and not args.reward_model:
         stop("--reward-per turn: only a reward model judges turns; give --reward-model")
-    if args.noise == "majority-vote" and args.task == "dialogue":
-        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math or science")
+    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
+        stop("--noise majority-vote: votes are on final answers, which neither dialogues nor --reward-model have")
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
     if args.reward_per == "turn":

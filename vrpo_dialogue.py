@@ -227,10 +227,10 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
 
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
+    clean, observed = clean[~clean.isnan()], observed[~clean.isnan()]  # where no reference is known, nothing is
     right, says_right = clean > 0.5, observed > 0.5
     youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    flipped = torch.where(clean.isnan(), torch.nan, (right != says_right).float())
-    return {"reward/flip_rate": flipped.mean().item(), "reward/youden_j": youden_j.item()}
+    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
 
 
 # ==== 3. Masked-tensor helpers ========================================================================================
@@ -360,7 +360,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         # VRPO: the LM head that reads the critic's hidden states
-        self.lm_head = copy.deepcopy(policy.lm_head) if args.lm_head == "learned" else twin(policy.lm_head)
+        self.lm_head = copy.deepcopy(policy.lm_head).float() if args.lm_head == "learned" else twin(policy.lm_head)
         self.lm_head.requires_grad_(args.lm_head == "learned")
 
     def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
@@ -597,8 +597,8 @@ def main(args: Args) -> None:
     check_ranges(args)
     if args.reward_per == "turn" and not args.reward_model:
         stop("--reward-per turn: only a reward model judges turns; give --reward-model")
-    if args.noise == "majority-vote" and args.task == "dialogue":
-        stop("--noise majority-vote: dialogues have no final answer to vote on; use it with --task math or science")
+    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
+        stop("--noise majority-vote: votes are on final answers, which neither dialogues nor --reward-model have")
     device = pick_device(args.device)
     seed_torch(args.seed, "adapters")
     policy, chat = load_policy(

@@ -4,8 +4,8 @@
     python benchmark/default_curves.py --seeds 1 --arms symmetric
     python benchmark/default_curves.py --suite science
     python benchmark/default_curves.py --suite dialogue --arms reward-model
-    python benchmark/default_curves.py --suite word-problems --arms none --seeds 1     # SmolLM2-135M-Instruct
-    python benchmark/default_curves.py --suite arc-easy --arms none --seeds 1 --model DIR --data DIR
+    python benchmark/default_curves.py --suite word-problems --arms none --seeds 1 --data DIR     # SmolLM2-135M-Instruct
+    python benchmark/default_curves.py --suite arc-easy --arms none --seeds 1 --model DIR
 
 Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped. Results: args.json and
 metrics.csv of every run in benchmark/results/<folder of the suite>/, a figure for each arm, and table.md.
@@ -101,7 +101,8 @@ class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """word-problems, arc-easy: the policy at the start"""
     data: str | None = None
-    """word-problems, arc-easy: the data set; default: asdiv_mawps here, and allenai/ai2_arc"""
+    """word-problems, arc-easy: the data set; must be given for word-problems (a folder with train.jsonl of ASDiv and MAWPS in the columns question
+    and answer); default for arc-easy: allenai/ai2_arc"""
 
 
 def run(args: Args, suite: Suite, script: str, arm: str, seed: int) -> None:
@@ -153,6 +154,8 @@ def table(suite: Suite) -> str:
 def main(args: Args) -> None:
     suite = SUITES[args.suite]
     results = ROOT / "benchmark" / "results" / suite.folder
+    if args.suite == "word-problems" and not args.data:
+        stop("--suite word-problems: give the data set with --data")
     arms = args.arms or tuple(suite.arms)[:2]
     if unknown := set(arms) - set(suite.arms):
         stop(f"--arms {' '.join(unknown)}: the suite {args.suite} has {', '.join(suite.arms)}")

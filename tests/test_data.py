@@ -137,6 +137,38 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
         rows_of(row, question_column="q", answer_column="k", choices_column="nope")
 
 
+@pytest.mark.parametrize(
+    "choices, answer",
+    [
+        (["a", "b", "c"], 1),  # MMLU
+        (["a", "b", "c"], "1"),
+        ([{"label": "A", "text": "a"}, {"label": "B", "text": "b"}], "B"),
+        ({"A": "a", "B": "b"}, "B"),  # MedQA
+        (["a", None, "b"], "b"),
+    ],
+)
+def test_options_in_usual_shapes(choices, answer):
+    (question,) = rows_of({"question": "Which?", "choices": choices, "answer": answer})
+    assert question.options[LETTERS.index(question.answer)] == "b" and "None" not in question.options
+
+
+def test_missing_values():
+    rows = [
+        {"question": "1?", "answer": None},
+        {"question": None, "answer": "2"},
+        {"question": "3?", "answer": "3"},
+        {"question": "4?", "answer": ""},
+    ]
+    assert [(q.text, q.answer) for q in rows_of(*rows)] == [("1?", None), ("3?", "3"), ("4?", None)]
+
+
+def test_shapes_that_cannot_be_read_are_refused():
+    with pytest.raises(SystemExit, match="a list of options is wanted, not 'a, b'"):
+        rows_of({"question": "Which?", "o": "a, b", "answer": "a"}, choices_column="o")
+    with pytest.raises(SystemExit, match="texts are wanted"):
+        rows_of({"question": [{"content": "Which?"}], "answer": "a"})
+
+
 def test_layout():
     assert lay_out("Which?", ("x", "y")) == "Which?\nA) x\nB) y" and lay_out("Which?", ()) == "Which?"
 

@@ -349,7 +349,7 @@ def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
     [
         ({"reward_per": "turn", "reward_model": None}, "only a reward model judges turns"),
         ({"reward_per": "turn", "script": "grpo_baseline"}, "GRPO sums the rewards"),
-        ({"noise": "majority-vote"}, "no final answer to vote on"),
+        ({"noise": "majority-vote"}, "votes are on final answers"),
         ({"schema": Path("nowhere")}, "--schema nowhere: no such folder"),
         ({"train_split": "dev"}, "there is no .*dev"),
         ({"reward_model": "./nowhere"}, "--reward-model ./nowhere: could not be loaded"),

@@ -112,7 +112,7 @@ def test_majority_vote(tmp_path):
         for p in problems:
             counts[p.key] += 1
             played.append(p.key)
-            yield SimpleNamespace(problem=p, completions=[answers[p.key][counts[p.key] - 1]])
+            yield SimpleNamespace(problem=p, completions=[answers[p.key][counts[p.key] - 1]], finished=True)
 
     task, args = MathTask([], [], {}), ppo.Args(vote_samples=3, rollout_batch_size=3)
     run = SimpleNamespace(folder=tmp_path, print=said.append, doing=lambda what: None)

@@ -53,6 +53,9 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     adapters = state.get("adapters")
     if bool(adapters) != isinstance(policy, PeftModel):
         stop(f"--lora-rank: the run was made {'with' if adapters else 'without'} LoRA and cannot go on otherwise")
+    mine = policy.state_dict()
+    if adapters and any(mine[name].shape != x.shape for name, x in adapters.items()):
+        stop(f"--lora-rank: the run was made with rank {min(next(iter(adapters.values())).shape)}")
     weights = adapters or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     policy.load_state_dict(weights, strict=not adapters)
 

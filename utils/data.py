@@ -59,7 +59,8 @@ DATASETS = {
 }
 # Usual names, for data sets in whose columns none of the table's fits.
 QUESTIONS = ("question", "problem", "prompt", "query", "input", "instruction")
-ANSWERS = ("answer", "final_answer", "expected_answer", "solution", "target", "output", "label")
+CHOICES = ("choices", "options")
+ANSWERS = ("answerKey", "answer", "final_answer", "expected_answer", "solution", "target", "output", "label")
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,10 @@ def load_split(args, name: str, config: str | None, split: str | None, part: str
 def find_columns(rows: Dataset, known: Source | None, args, unlabelled: bool) -> Source:
     """The columns that the flags name; else those of the table's entry, or of the entry of most columns that the rows have; else
     the usual names. The answer's is "" where `unlabelled` and there is none."""
-    first = rows[0] if len(rows) else {}
+    some = [rows[i] for i in range(min(len(rows), 20))]  # the first may lack an answer
 
     def there(path: str) -> bool:
-        try:
-            return value(first, path) is not None
-        except (KeyError, IndexError, TypeError, ValueError):
-            return False
+        return any(value(row, path) is not None for row in some)
 
     def fits(source: Source) -> bool:
         return all(there(path) for path in (source.question, source.answer, *source.choices))
@@ -136,6 +134,8 @@ def find_columns(rows: Dataset, known: Source | None, args, unlabelled: bool) ->
     question = args.question_column or source.question or next(filter(there, QUESTIONS), "")
     answer = args.answer_column or source.answer or next(filter(there, ANSWERS), "")
     choices = (args.choices_column,) if args.choices_column else source.choices
+    if not choices and not args.question_column:  # options in a usual shape, though no entry fits
+        choices = tuple(path for path in CHOICES if any(isinstance(value(row, path), list | dict) for row in some))[:1]
     wanted = [
         ("question", question, QUESTIONS),
         ("answer", answer, ANSWERS),
@@ -150,13 +150,36 @@ def find_columns(rows: Dataset, known: Source | None, args, unlabelled: bool) ->
 
 
 def value(row: dict, path: str) -> Any:
-    """A column's value, or with dots what lies below it; a column that bears the whole name comes first."""
+    """A column's value, or with dots what lies below it; None where it is missing. A column that bears the whole name comes
+    first."""
     if path in row:
         return row[path]
     found: Any = row
     for step in path.split("."):
-        found = found[int(step)] if isinstance(found, list) else found[step]
+        try:
+            found = found[int(step)] if isinstance(found, list) else found[step]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
     return found
+
+
+def options_of(found: list[Any]) -> tuple[list[str], list[str]]:
+    """Options and their labels, from the columns of the options: one with a list of texts, of {label, text}, with ARC's lists
+    `text` and `label`, or with a text for each letter; or a text a column. Stops where it is something else."""
+    if len(found) == 1:
+        (one,) = found
+        if isinstance(one, dict):
+            one = [dict(label=k, text=x) for k, x in zip(one["label"], one["text"], strict=True)] if "text" in one else [
+                dict(label=k, text=x) for k, x in one.items()
+            ]  # fmt: skip
+        if not isinstance(one, list | None):
+            stop(f"--choices-column: a list of options is wanted, not {str(one)[:60]!r}")
+        found = one or []
+    pairs = [(str(x.get("label", "")), x.get("text")) if isinstance(x, dict) else ("", x) for x in found]
+    pairs = [(label, str(text).strip()) for label, text in pairs if text is not None and str(text).strip()]
+    if len(pairs) > len(LETTERS):
+        stop(f"--choices-column: a question has {len(pairs)} options; there are letters for {len(LETTERS)}")
+    return [text for _, text in pairs], [label for label, _ in pairs]
 
 
 def read(rows: Dataset, columns: Source, seed: int) -> Iterator[Question]:
@@ -164,15 +187,16 @@ def read(rows: Dataset, columns: Source, seed: int) -> Iterator[Question]:
     position, and the same question has the same order wherever it stands."""
     seen = set()
     paths = (columns.question, columns.answer, *columns.choices)
-    for row in rows.select_columns(list(dict.fromkeys(path.split(".")[0] for path in paths if path))):
-        text = str(value(row, columns.question)).strip()
-        answer = value(row, columns.answer) if columns.answer else None
-        found = [value(row, path) for path in columns.choices]
-        labels: list[str] = []
-        if len(found) == 1:
-            labels = list(found[0].get("label", [])) if isinstance(found[0], dict) else []
-            found = list((found[0]["text"] if isinstance(found[0], dict) else found[0]) or [])
-        options = [str(option).strip() for option in found]
+    heads = [path if path in rows.column_names else path.split(".")[0] for path in paths if path]
+    for row in rows.select_columns(list(dict.fromkeys(heads))):
+        text, answer = value(row, columns.question), value(row, columns.answer) if columns.answer else None
+        if isinstance(text, list) or isinstance(answer, list | dict):
+            stop(f"{columns.question}, {columns.answer}: texts are wanted; reach into a column as in prompt.0.content")
+        answer = None if answer is None or str(answer).strip() == "" else answer
+        if text is None or not str(text).strip():
+            continue
+        text = str(text).strip()
+        options, labels = options_of([value(row, path) for path in columns.choices])
         order = random.Random(f"{seed} options {text} {sorted(options)}").sample(range(len(options)), len(options))
         if options and answer is not None:
             right = position(answer, options, labels)
@@ -185,7 +209,9 @@ def read(rows: Dataset, columns: Source, seed: int) -> Iterator[Question]:
 
 def position(answer: Any, options: list[str], labels: list[str]) -> int | None:
     """Which of the options is right: named by its label, its text, its position from 0, or its letter."""
-    for names in (labels, options, list(range(len(options))), list(LETTERS[: len(options)])):
-        if (answer.strip() if isinstance(answer, str) else answer) in names:
-            return names.index(answer.strip() if isinstance(answer, str) else answer)
+    answer = answer.strip() if isinstance(answer, str) else answer
+    positions = list(range(len(options)))
+    for names in (labels, options, positions, list(LETTERS[: len(options)]), [str(i) for i in positions]):
+        if answer in names:
+            return names.index(answer)
     return None

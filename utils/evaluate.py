@@ -195,6 +195,9 @@ def greedy_rows(name: str, task: Task, episodes: list[Answered], args: Args) -> 
 
 def sampled_rows(name: str, task: Task, problems: list[Problem], episodes: list[Answered], args: Args) -> list[dict]:
     """avg@k, pass@k and maj@k of `episodes`, --samples for each problem in turn."""
+    if isinstance(task, DialogueTask):  # as in the greedy rows, services known from training
+        episodes = [e for e in episodes if e.problem.answer.group != UNSEEN]
+        problems = [p for p in problems if p.answer.group != UNSEEN]
     n, what = args.samples, "gcr" if isinstance(task, DialogueTask) else "accuracy"
     groups = [episodes[i * n : (i + 1) * n] for i in range(len(problems))]
     right = [sum(task.grade(e.problem, judged(e, args)) for e in group) for group in groups]

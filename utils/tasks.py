@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from utils.answers import choose, extract, is_correct, same_words, short_answer, to_number
+from utils.answers import choose, extract, is_correct, normal, same_words, short_answer, to_number
 from utils.data import Question, load_split
 from utils.dialogue import DialogueTask, User, first_message
 from utils.errors import stop
@@ -47,12 +47,12 @@ class MathTask(Task):
         """The final answer in a form in which equal letters, numbers or words are equal strings; "" where there is none."""
         if problem.options:
             return choose(completion, problem.options) or ""
-        found = self.find(completion) or ""
+        found = self.find(completion)
         number = to_number(found)
         return found if number is None else str(number)
 
-    def find(self, completion: str) -> str | None:
-        return extract(completion)
+    def find(self, completion: str) -> str:
+        return extract(completion) or ""
 
     def reply(self, problem: Problem, completions: list[str]) -> str | None:
         """The user's next message after the given answers, or None where the episode is over. After a question the user has
@@ -80,10 +80,12 @@ class ScienceTask(MathTask):
     """Questions whose answers are short and in words, or the letter of an option."""
 
     def is_right(self, completion: str, answer: str) -> bool:
-        return same_words(self.find(completion) or "", answer)
+        wanted = short_answer(answer) or "" if "####" in answer or "\\boxed{" in answer else answer
+        return same_words(short_answer(completion) or "", wanted)
 
-    def find(self, completion: str) -> str | None:
-        return short_answer(completion)
+    def find(self, completion: str) -> str:
+        found = short_answer(completion) or ""
+        return found if to_number(found) is not None else normal(found)
 
 
 def load_task(args, chat: Chat) -> Task:

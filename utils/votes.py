@@ -29,7 +29,8 @@ def majority_vote(
         seed_torch(args.seed, "votes", some[0].key)
         votes: dict[str, Counter] = {problem.key: Counter() for problem in some}
         for episode in play([problem for problem in some for _ in range(args.vote_samples)]):
-            votes[episode.problem.key][task.final_answer(episode.problem, episode.completions[-1])] += 1
+            answer = episode.completions[-1] if episode.finished or args.truncated != "wrong" else ""
+            votes[episode.problem.key][task.final_answer(episode.problem, answer)] += 1
         new = {key: {"key": key, "label": winner(count), "votes": dict(count)} for key, count in votes.items()}
         with file.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in new.values())
