@@ -72,7 +72,7 @@ SUITES = {
         data="allenai/ai2_arc",
     ),
     "math": Suite("default", QUESTIONS | {"vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"]}, [], NOISES),
-    "science": Suite("science", QUESTIONS, ["--task", "science"], NOISES),
+    "science": Suite("science", QUESTIONS, ["--task", "science", "--updates", "40"], NOISES),
     "dialogue": Suite(
         "dialogue",
         {"ppo_baseline": [], "grpo_baseline": [], "vrpo_dialogue": []},

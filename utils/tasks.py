@@ -19,7 +19,7 @@ DEFAULTS = {
         "max_turns": 1, "max_new_tokens": 48, "reward_model": None, "noise": "symmetric", "kl_coef": 0.0,
     },
     "science": {
-        "model": "assets/tiny_science", "dataset": "assets/data/tiny_science", "updates": 40, "prompts_per_update": 64,
+        "model": "assets/tiny_science", "dataset": "assets/data/tiny_science", "updates": 30, "prompts_per_update": 64,
         "max_turns": 1, "max_new_tokens": 64, "reward_model": None, "noise": "symmetric", "kl_coef": 0.0,
     },
     "dialogue": {
