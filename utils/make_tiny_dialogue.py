@@ -24,7 +24,7 @@ import tyro
 
 from utils.dialogue import User, first_message
 from utils.goals import Goal, Service, domain, draw_goal, load_schema, side, spoken
-from utils.make_tiny_math import Row, make_tokenizer, train
+from utils.make_tiny_math import Row, Training, make_tokenizer, train
 
 SCHEMA = Path("assets/data/tiny_dialogue")
 
@@ -153,7 +153,7 @@ def dialogues(count: int, seed: int) -> list[list[tuple[str, str]]]:
 
 
 @dataclass
-class Args:
+class Args(Training):
     out: Path = Path("assets/tiny_dialogue")
     """folder that receives the model"""
     seed: int = 1
@@ -162,12 +162,6 @@ class Args:
     """supervised steps"""
     batch_size: int = 64
     """dialogues in one step"""
-    learning_rate: float = 2e-3
-    """peak learning rate; it warms up over 100 steps and falls to zero along a cosine"""
-    hidden_size: int = 128
-    """width of the model"""
-    layers: int = 4
-    """depth of the model"""
 
 
 def main(args: Args) -> None:

@@ -360,7 +360,29 @@ def make_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokeniz
 
 
 @dataclass
-class Args:
+class Training:
+    """What the makers of the embedded models have in common."""
+
+    batch_size: int = 128
+    """examples in one step"""
+    learning_rate: float = 2e-3
+    """peak learning rate; it warms up over 100 steps and falls to zero along a cosine"""
+    hidden_size: int = 128
+    """width of the model"""
+    layers: int = 4
+    """depth of the model"""
+
+
+def answer_rows(tokenizer, pairs: list[tuple[str, str]]) -> list["Row"]:
+    """(question, answer) pairs as rows of which the answer, EOS included, is to be learnt."""
+    tokens = [
+        (tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}")) for q, a in pairs
+    ]
+    return [(q + a, [-100] * len(q) + a) for q, a in tokens]
+
+
+@dataclass
+class Args(Training):
     out: Path = Path("assets")
     """folder that receives data/tiny_math and tiny_math"""
     seed: int = 1
@@ -371,14 +393,6 @@ class Args:
     """problems in test.jsonl, none of whose solutions is in train.jsonl"""
     steps: int = 2000
     """supervised steps of the careless student's pupil"""
-    batch_size: int = 128
-    """solutions in one step"""
-    learning_rate: float = 2e-3
-    """peak learning rate; it warms up over 100 steps and falls to zero along a cosine"""
-    hidden_size: int = 128
-    """width of the model"""
-    layers: int = 4
-    """depth of the model"""
 
 
 @torch.no_grad()
@@ -451,9 +465,7 @@ def main(args: Args) -> None:
     tokenizer = make_tokenizer([f"{q}\n{a}" for q, a in careless_examples(4000, seed=args.seed)])
 
     def examples(count: int, seed: int) -> list[Row]:
-        pairs = [(tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}"))
-                 for q, a in careless_examples(count, seed)]  # fmt: skip
-        return [(q + a, [-100] * len(q) + a) for q, a in pairs]
+        return answer_rows(tokenizer, careless_examples(count, seed))
 
     model = train(args, tokenizer, examples, lambda m: f"greedy accuracy {accuracy(m, tokenizer, test):.3f}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ import tyro
 
 from utils.answers import LETTERS
 from utils.data import lay_out
-from utils.make_tiny_math import Row, make_tokenizer, train
+from utils.make_tiny_math import Row, Training, answer_rows, make_tokenizer, train
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,7 @@ def pupil_examples(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 @dataclass
-class Args:
+class Args(Training):
     out: Path = Path("assets")
     """folder that receives data/tiny_science and tiny_science"""
     seed: int = 1
@@ -442,14 +442,6 @@ class Args:
     """questions in test.jsonl, none of which is in train.jsonl in other words or another order"""
     steps: int = 1500
     """supervised steps"""
-    batch_size: int = 128
-    """answers in one step"""
-    learning_rate: float = 2e-3
-    """peak learning rate; it warms up over 100 steps and falls to zero along a cosine"""
-    hidden_size: int = 128
-    """width of the model"""
-    layers: int = 4
-    """depth of the model"""
 
 
 def main(args: Args) -> None:
@@ -460,9 +452,7 @@ def main(args: Args) -> None:
     tokenizer = make_tokenizer([f"{q}\n{a}" for q, a in pupil_examples(4000, args.seed)])
 
     def examples(count: int, seed: int) -> list[Row]:
-        pairs = [(tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}"))
-                 for q, a in pupil_examples(count, seed)]  # fmt: skip
-        return [(q + a, [-100] * len(q) + a) for q, a in pairs]
+        return answer_rows(tokenizer, pupil_examples(count, seed))
 
     model = train(args, tokenizer, examples, lambda _: f"{time.time() - start:.0f} s")
     shutil.rmtree(folder, ignore_errors=True)
