@@ -23,7 +23,7 @@ runs of different methods see the same prompts and the same noise, and a resumed
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
 from utils.errors import stop
+from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
 from utils.reward_model import load_reward_model, on_reward_scale
@@ -133,7 +134,7 @@ class Args:
     """passes over the episodes of an update"""
     minibatch_size: int = 64
     """episodes in one optimizer step"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
@@ -217,11 +218,16 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 
 
 def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Episodes as `inputs`, `targets` (B, T) int64 and `mask` (B, T) bool; T is the longest episode minus one."""
+    """Episodes as `inputs`, `targets` (B, T) int64, `mask` (B, T) bool, `logprobs` and `entropy` (B, T) of the policy that
+    sampled; T is the longest episode minus one."""
     width = max(len(e.tokens) for e in episodes)
-    tokens = torch.tensor([e.tokens + [pad_id] * (width - len(e.tokens)) for e in episodes], device=device)
-    chosen = torch.tensor([e.chosen + [False] * (width - len(e.chosen)) for e in episodes], device=device)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": chosen[:, 1:]}
+
+    def grid(name: str, filler) -> Tensor:
+        return torch.tensor([getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device)
+
+    tokens = grid("tokens", pad_id)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": grid("chosen", False)[:, 1:]}
+    return batch | {"logprobs": grid("logprobs", 0.0)[:, 1:], "entropy": grid("entropy", 0.0)[:, 1:]}
 
 
 def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -286,7 +292,7 @@ def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
     return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 
 
 def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -317,52 +323,44 @@ def make_optimizer(policy, args: Args) -> torch.optim.Optimizer:
 
 @dataclass
 class Episode:
-    """One conversation: its tokens, which of them the policy chose, its answers, and whether the last one ended with EOS."""
+    """One conversation: its tokens, which of them the policy chose and out of which distribution, and the policy's answers."""
 
     problem: object
-    tokens: list[int]
-    chosen: list[bool]
-    completions: list[str]
-    finished: bool = False
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    finished: bool = False  # the last answer ended with EOS
 
-
-@torch.no_grad()
-def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
-    """The policy's continuation of every prompt, up to and including the first EOS; temperature 0 is greedy."""
-    width, device = max(map(len, prompts)), policy.device
-    tokens = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = policy.generate(
-        input_ids=tokens, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-        temperature=temperature or 1.0, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids, pad_token_id=chat.pad_id,
-    )[:, width:]  # fmt: skip
-    is_eos = torch.isin(output, torch.tensor(chat.eos_ids, device=device))
-    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, output.shape[1])  # what follows EOS is padding
-    return [row[:n] for row, n in zip(output.tolist(), lengths.tolist(), strict=True)]
+    def add(self, tokens: list[int], logprobs: list[float] | None = None, entropy: list[float] | None = None) -> None:
+        """The next tokens: the policy's own, with log-probability and entropy, or those of the prompt or the user, without."""
+        self.tokens += tokens
+        self.chosen += [logprobs is not None] * len(tokens)
+        self.logprobs += logprobs or [0.0] * len(tokens)
+        self.entropy += entropy or [0.0] * len(tokens)
 
 
 def rollout(policy, chat, task, problems: list, args: Args, temperature: float) -> list[Episode]:
     """Play one episode for every problem: the policy answers, the user replies or is content, for up to --max-turns turns.
     An answer that was cut off ends its episode, since the user would have to speak in the middle of it."""
-    episodes = [Episode(p, list(p.prompt_ids), [False] * len(p.prompt_ids), []) for p in problems]
-    live = episodes
+    live = episodes = [Episode(problem) for problem in problems]
+    for episode in episodes:
+        episode.add(episode.problem.prompt_ids)
     for turn in range(args.max_turns):
         for start in range(0, len(live), args.rollout_batch_size):
             some = live[start : start + args.rollout_batch_size]
             answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
             for episode, answer in zip(some, answers, strict=True):
-                episode.tokens += answer
-                episode.chosen += [True] * len(answer)
-                episode.completions.append(chat.decode(answer))
-                episode.finished = answer[-1] in chat.eos_ids
+                episode.add(*answer)
+                episode.completions.append(chat.decode(answer.tokens))
+                episode.finished = answer.tokens[-1] in chat.eos_ids
         if turn + 1 < args.max_turns:
             replies = [(e, task.reply(e.problem, e.completions)) for e in live if e.finished]
-            live = [e for e, reply in replies if reply is not None]
+            replies = [(e, reply) for e, reply in replies if reply is not None]
             for episode, reply in replies:
-                if reply is not None:
-                    words = chat.user_turn_ids(reply)
-                    episode.tokens += words
-                    episode.chosen += [False] * len(words)
+                episode.add(chat.user_turn_ids(reply))
+            live = [episode for episode, _ in replies]
     return episodes
 
 
@@ -386,20 +384,19 @@ def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str,
 
 # GRPO: no values
 @torch.no_grad()
-def score_tokens(policy, reference, batch: dict, args: Args) -> dict[str, Tensor]:
-    """What is fixed before the update, each (B, T): `logprobs` and `entropy` of the policy that sampled,
-    `ref_logprobs`. Rows of similar length go through the models together."""
-    parts = {}
+def score_tokens(reference, batch: dict, args: Args) -> dict[str, Tensor]:
+    """What is fixed before the update, each (B, T): `ref_logprobs`, NaN where the reference is None. Rows of similar length go
+    through the models together."""
+    parts = {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
-        hidden = hidden_states(policy.get_decoder(), inputs, mask)
-        ref_hidden = hidden_states(reference.get_decoder(), inputs, mask)
         scores = {}
-        scores["logprobs"], scores["entropy"] = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-        scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, ref_hidden, targets, args.temperature)
+        if reference:
+            hidden = hidden_states(reference.get_decoder(), inputs, mask)
+            scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
         for key, value in scores.items():
-            grid = parts.setdefault(key, torch.zeros(batch["mask"].shape, device=mask.device))
+            grid = parts.setdefault(key, torch.zeros_like(batch["logprobs"]))
             grid[rows, : mask.shape[1]] = spread(value, mask)
     return parts
 
@@ -522,6 +519,8 @@ def main(args: Args) -> None:
 
     for update in range(start + 1, args.updates + 1):
         began = time.perf_counter()
+        last = update == args.updates
+        evaluates = update % args.eval_every == 0 or last
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = fraction * rate
@@ -564,10 +563,11 @@ def main(args: Args) -> None:
         mask = batch["mask"]
         if mask.sum() < 2:
             stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
+        compared = reference if args.kl_coef > 0 or evaluates else None  # a mere metric is not worth a pass every time
         with precision:
-            batch |= score_tokens(policy, reference, batch, args)  # GRPO: no values
+            batch |= score_tokens(compared, batch, args)  # GRPO: no values
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
-        if args.kl_in == "reward":
+        if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
         # GRPO: one score an episode, one advantage for all its tokens
         scores = rewards.sum(1)
@@ -599,7 +599,9 @@ def main(args: Args) -> None:
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                 )
                 # GRPO: no value loss
-                loss = losses["losses/policy"] - args.entropy_coef * weighted_sum(entropy, weights)
+                loss = losses["losses/policy"]
+                if args.entropy_coef > 0:
+                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()
@@ -644,8 +646,7 @@ def main(args: Args) -> None:
         }
 
         # --- 9.6 evaluate and checkpoint ---
-        last = update == args.updates
-        if update % args.eval_every == 0 or last:
+        if evaluates:
             with precision:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics

@@ -19,7 +19,7 @@ decoder's output at z = mu; the uncertain tokens are chosen once per update, whe
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
 from utils.errors import stop
+from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
 from utils.reward_model import load_reward_model, on_reward_scale
@@ -129,7 +130,7 @@ class Args:
     """passes over the episodes of an update"""
     minibatch_size: int = 64
     """episodes in one optimizer step"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
@@ -242,11 +243,16 @@ def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
 
 
 def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Episodes as `inputs`, `targets` (B, T) int64 and `mask` (B, T) bool; T is the longest episode minus one."""
+    """Episodes as `inputs`, `targets` (B, T) int64, `mask` (B, T) bool, `logprobs` and `entropy` (B, T) of the policy that
+    sampled; T is the longest episode minus one."""
     width = max(len(e.tokens) for e in episodes)
-    tokens = torch.tensor([e.tokens + [pad_id] * (width - len(e.tokens)) for e in episodes], device=device)
-    chosen = torch.tensor([e.chosen + [False] * (width - len(e.chosen)) for e in episodes], device=device)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": chosen[:, 1:]}
+
+    def grid(name: str, filler) -> Tensor:
+        return torch.tensor([getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device)
+
+    tokens = grid("tokens", pad_id)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": grid("chosen", False)[:, 1:]}
+    return batch | {"logprobs": grid("logprobs", 0.0)[:, 1:], "entropy": grid("entropy", 0.0)[:, 1:]}
 
 
 def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -317,7 +323,7 @@ def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
     return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 
 
 def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -360,7 +366,7 @@ class Critic(nn.Module):
         self.lm_head = copy.deepcopy(policy.lm_head).float() if args.lm_head == "learned" else twin(policy.lm_head)
         self.lm_head.requires_grad_(args.lm_head == "learned")
 
-    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor) -> Tensor:
+    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
         return policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
 
@@ -397,52 +403,44 @@ def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
 
 @dataclass
 class Episode:
-    """One conversation: its tokens, which of them the policy chose, its answers, and whether the last one ended with EOS."""
+    """One conversation: its tokens, which of them the policy chose and out of which distribution, and the policy's answers."""
 
     problem: object
-    tokens: list[int]
-    chosen: list[bool]
-    completions: list[str]
-    finished: bool = False
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    finished: bool = False  # the last answer ended with EOS
 
-
-@torch.no_grad()
-def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
-    """The policy's continuation of every prompt, up to and including the first EOS; temperature 0 is greedy."""
-    width, device = max(map(len, prompts)), policy.device
-    tokens = torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = policy.generate(
-        input_ids=tokens, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=temperature > 0,
-        temperature=temperature or 1.0, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids, pad_token_id=chat.pad_id,
-    )[:, width:]  # fmt: skip
-    is_eos = torch.isin(output, torch.tensor(chat.eos_ids, device=device))
-    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, output.shape[1])  # what follows EOS is padding
-    return [row[:n] for row, n in zip(output.tolist(), lengths.tolist(), strict=True)]
+    def add(self, tokens: list[int], logprobs: list[float] | None = None, entropy: list[float] | None = None) -> None:
+        """The next tokens: the policy's own, with log-probability and entropy, or those of the prompt or the user, without."""
+        self.tokens += tokens
+        self.chosen += [logprobs is not None] * len(tokens)
+        self.logprobs += logprobs or [0.0] * len(tokens)
+        self.entropy += entropy or [0.0] * len(tokens)
 
 
 def rollout(policy, chat, task, problems: list, args: Args, temperature: float) -> list[Episode]:
     """Play one episode for every problem: the policy answers, the user replies or is content, for up to --max-turns turns.
     An answer that was cut off ends its episode, since the user would have to speak in the middle of it."""
-    episodes = [Episode(p, list(p.prompt_ids), [False] * len(p.prompt_ids), []) for p in problems]
-    live = episodes
+    live = episodes = [Episode(problem) for problem in problems]
+    for episode in episodes:
+        episode.add(episode.problem.prompt_ids)
     for turn in range(args.max_turns):
         for start in range(0, len(live), args.rollout_batch_size):
             some = live[start : start + args.rollout_batch_size]
             answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
             for episode, answer in zip(some, answers, strict=True):
-                episode.tokens += answer
-                episode.chosen += [True] * len(answer)
-                episode.completions.append(chat.decode(answer))
-                episode.finished = answer[-1] in chat.eos_ids
+                episode.add(*answer)
+                episode.completions.append(chat.decode(answer.tokens))
+                episode.finished = answer.tokens[-1] in chat.eos_ids
         if turn + 1 < args.max_turns:
             replies = [(e, task.reply(e.problem, e.completions)) for e in live if e.finished]
-            live = [e for e, reply in replies if reply is not None]
+            replies = [(e, reply) for e, reply in replies if reply is not None]
             for episode, reply in replies:
-                if reply is not None:
-                    words = chat.user_turn_ids(reply)
-                    episode.tokens += words
-                    episode.chosen += [False] * len(words)
+                episode.add(chat.user_turn_ids(reply))
+            live = [episode for episode, _ in replies]
     return episodes
 
 
@@ -466,25 +464,25 @@ def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str,
 
 @torch.no_grad()
 def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
-    """What is fixed before the update, each (B, T): `logprobs` and `entropy` of the policy that sampled, `ref_logprobs`,
-    `values`. Rows of similar length go through the models together.
+    """What is fixed before the update, each (B, T): `values`, and `ref_logprobs`, NaN where the reference is None. Rows of similar
+    length go through the models together.
     VRPO: also `critic_entropy` and `critic_nll`, by which the uncertain tokens are chosen."""
-    parts = {}
+    parts = {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
-        hidden = hidden_states(policy.get_decoder(), inputs, mask)
-        ref_hidden = hidden_states(reference.get_decoder(), inputs, mask)
         scores = {}
-        scores["logprobs"], scores["entropy"] = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-        scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, ref_hidden, targets, args.temperature)
+        if reference:
+            hidden = hidden_states(reference.get_decoder(), inputs, mask)
+            scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
+        hidden = hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None
         # VRPO: one pass of the critic gives the values and what its LM head thinks of the tokens
         features = critic.features(inputs, mask, hidden)
         scores["values"], _, _ = critic.values(features, args.value_samples)
         critic_logprobs, scores["critic_entropy"] = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
         scores["critic_nll"] = -critic_logprobs
         for key, value in scores.items():
-            grid = parts.setdefault(key, torch.zeros(batch["mask"].shape, device=mask.device))
+            grid = parts.setdefault(key, torch.zeros_like(batch["logprobs"]))
             grid[rows, : mask.shape[1]] = spread(value, mask)
     return parts
 
@@ -636,6 +634,8 @@ def main(args: Args) -> None:
 
     for update in range(start + 1, args.updates + 1):
         began = time.perf_counter()
+        last = update == args.updates
+        evaluates = update % args.eval_every == 0 or last
         fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = fraction * rate
@@ -681,11 +681,12 @@ def main(args: Args) -> None:
             stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
         if update == 1:
             nn.init.constant_(critic.head.bias, observed.mean().item())  # begin with the best constant
+        compared = reference if args.kl_coef > 0 or evaluates else None  # a mere metric is not worth a pass every time
         with precision:
             seed_torch(args.seed, "latent", update)  # VRPO: the latent samples of this update
-            batch |= score_tokens(policy, reference, critic, batch, args)
+            batch |= score_tokens(policy, compared, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
-        if args.kl_in == "reward":
+        if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
         advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
@@ -737,7 +738,8 @@ def main(args: Args) -> None:
                 critic_loss = critic_loss + args.lambda_ent * losses["vrpo/entropy_aux"]
                 critic_loss = critic_loss + args.lambda_ppl * losses["vrpo/perplexity_aux"]
                 loss = losses["losses/policy"] + args.value_coef * critic_loss
-                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                if args.entropy_coef > 0:
+                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()
@@ -790,8 +792,7 @@ def main(args: Args) -> None:
         }
 
         # --- 9.6 evaluate and checkpoint ---
-        last = update == args.updates
-        if update % args.eval_every == 0 or last:
+        if evaluates:
             with precision:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics

@@ -9,6 +9,7 @@ import torch
 import ppo_baseline as ppo
 import vrpo_math as vrpo
 from tests.conftest import SCRIPTS, read_metrics, read_samples
+from utils.generation import Answer
 from utils.models import load_policy
 from utils.tasks import MathTask, Problem
 
@@ -120,31 +121,20 @@ def test_padding_changes_nothing(policy_and_chat):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_training_logprobs_are_those_of_sampling(policy_and_chat, temperature):
-    """generate()'s own scores, left-padded and with a KV cache, against our right-padded pass."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_training_sees_the_distribution_that_was_sampled(policy_and_chat, temperature, dtype, tolerance):
+    """The log-probabilities and entropies that sampling kept, left-padded and with a cache, against a right-padded pass."""
     policy, chat = policy_and_chat
-    prompts = [p.prompt_ids for p in problems(chat)]
-    width = max(map(len, prompts))
-    output = policy.generate(
-        input_ids=torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts]),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=10, eos_token_id=chat.eos_ids,
-        pad_token_id=chat.pad_id, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    sampled = torch.stack(output.scores, 1).log_softmax(-1)
-    new = output.sequences[:, width:]
-    episodes = [
-        SimpleNamespace(tokens=p + row.tolist(), chosen=[False] * len(p) + [True] * len(row))
-        for p, row in zip(prompts, new, strict=True)
-    ]
-    batch = ppo.pack(episodes, chat.pad_id, CPU)
-    scores = ppo.score_tokens(policy, policy, ppo.Critic(policy, ppo.Args()), batch, ppo.Args(temperature=temperature))
-    ours = torch.stack([row[m] for row, m in zip(scores["logprobs"], batch["mask"], strict=True)])
-    theirs = sampled.gather(-1, new.unsqueeze(-1)).squeeze(-1)
-    until_eos = (new == chat.eos_ids[0]).cumsum(1) <= 1
-    difference = (ours - theirs)[until_eos & theirs.isfinite()].abs().max().item()
-    print(f"largest difference of log-probabilities: {difference:.1e}")
-    assert difference < 1e-4
+    args = ppo.Args(temperature=temperature, max_new_tokens=10)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        batch = ppo.pack(play(policy, chat, temperature=temperature), chat.pad_id, CPU)
+        mask = batch["mask"]
+        hidden = ppo.hidden_states(policy.get_decoder(), batch["inputs"], mask)
+        logprobs, entropy = ppo.logprobs_and_entropy(policy.lm_head, hidden, batch["targets"][mask], args.temperature)
+    for ours, theirs in ((batch["logprobs"][mask], logprobs), (batch["entropy"][mask], entropy)):
+        print(f"{dtype}: largest difference {(ours - theirs).abs().max():.1e}, mean {(ours - theirs).abs().mean():.1e}")
+        assert (ours - theirs).abs().max() < tolerance
+    assert not batch["logprobs"][~mask].any() and not batch["entropy"][~mask].any()
 
 
 def test_sampling_follows_the_policy_with_nothing_inherited(tiny_model, tmp_path, tokenizer):
@@ -158,27 +148,19 @@ def test_sampling_follows_the_policy_with_nothing_inherited(tiny_model, tmp_path
     policy, chat = load_policy(str(tmp_path / "m"), CPU)
     prompt = chat.prompt_ids("Ann has 2 pens.")
     torch.manual_seed(0)
-    first = torch.tensor([a[0] for a in ppo.generate(policy, chat, [prompt] * 4000, 1, 1.0)])
+    first = torch.tensor([a.tokens[0] for a in ppo.generate(policy, chat, [prompt] * 4000, 1, 1.0)])
     expected = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     top = expected.argmax()
     assert (first == top).float().mean().item() == pytest.approx(expected[top].item(), abs=0.03)
     assert len(first.unique()) > 10
 
 
-def test_generate_stops_at_the_first_eos_even_if_pad_is_eos(policy_and_chat):
-    policy, chat = policy_and_chat
-    chat.pad_id = chat.eos_ids[0]
-    output = torch.tensor([[7, 7, 7, 11, chat.pad_id, chat.pad_id, chat.pad_id], [7, 7, 7, 11, 12, 13, chat.pad_id]])
-    policy.generate = lambda **_: torch.cat([output[:, :3], output[:, 3:]], 1)
-    answers = ppo.generate(policy, chat, [[7, 7, 7]] * 2, 4, 0.0)
-    assert answers == [[11, chat.pad_id], [11, 12, 13, chat.pad_id]]  # EOS once, as a token of the answer
-
-
 def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
     """Two turns: what is marked as chosen decodes to the answers, the rest to prompt and user turn."""
     policy, chat = policy_and_chat
     eos = chat.eos_ids[0]
-    scripted = iter([[[11, 12, eos], [13, 14, 15]], [[16, eos]]])
+    turns = [[[11, 12, eos], [13, 14, 15]], [[16, eos]]]
+    scripted = iter([[Answer(row, [-1.0] * len(row), [0.5] * len(row)) for row in turn] for turn in turns])
     original, ppo.generate = ppo.generate, lambda *_: next(scripted)
     try:
         episodes = ppo.rollout(policy, chat, MathTask([], [], {}), problems(chat)[:2], ppo.Args(max_turns=2), 1.0)
@@ -188,6 +170,7 @@ def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
     words = chat.user_turn_ids("Check your work and answer again.")
     assert first.tokens == first.problem.prompt_ids + [11, 12, eos] + words + [16, eos]
     assert first.chosen == [False] * len(first.problem.prompt_ids) + [True] * 3 + [False] * len(words) + [True] * 2
+    assert first.logprobs == [-1.0 * c for c in first.chosen] and first.entropy == [0.5 * c for c in first.chosen]
     assert len(first.completions) == 2 and first.finished
     # the second answer was cut off: its episode ends there
     assert second.tokens[-3:] == [13, 14, 15] and not second.finished and len(second.completions) == 1

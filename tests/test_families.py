@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import ppo_baseline as ppo
+from utils.generation import generate
 from utils.models import load_policy
 from utils.problems import Problem
 from utils.tasks import MathTask
@@ -207,12 +208,37 @@ def test_training_sees_the_log_probabilities_of_sampling(folders, name):
         assert not set(answer[:-1]) & set(chat.eos_ids) and e.finished == (answer[-1] in chat.eos_ids)
         assert isinstance(e.completions[0], str)
     batch = ppo.pack(episodes, chat.pad_id, CPU)
-    scores = ppo.score_tokens(policy, policy, ppo.Critic(policy, args), batch, args)
+    trained = ppo.score_tokens(policy, policy, ppo.Critic(policy, args), batch, args)["ref_logprobs"]
     for i, e in enumerate(episodes[:6]):
         logits = policy(input_ids=torch.tensor([e.tokens])).logits[0, :-1]
         targets = torch.tensor(e.tokens[1:])
         alone = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)[torch.tensor(e.chosen[1:])]
-        assert torch.allclose(scores["logprobs"][i][batch["mask"][i]], alone, atol=1e-4)
+        assert torch.allclose(batch["logprobs"][i][batch["mask"][i]], alone, atol=1e-4)
+        assert torch.allclose(trained[i][batch["mask"][i]], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_decoding_is_that_of_transformers(folders, name, temperature):
+    """Token by token the same as `generate`, greedily and with the same noise; prompts repeat, rows end early, caches grow."""
+    policy, chat = load_policy(str(folders[name]), CPU)
+    prompts = [chat.prompt_ids("Ann has 2 pens. " * (i // 2 % 3 + 1)) for i in range(24)]
+    chat.eos_ids += range(40, 60)  # so that some rows end early
+    policy.generation_config.eos_token_id = chat.eos_ids
+    torch.manual_seed(1)
+    ours = generate(policy, chat, prompts, 40, temperature)
+    state = torch.get_rng_state()
+    width = max(map(len, prompts))
+    torch.manual_seed(1)
+    theirs = policy.generate(
+        input_ids=torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        max_new_tokens=40, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+    )[:, width:].tolist()  # fmt: skip
+    assert len({len(a.tokens) for a in ours}) > 1 or temperature == 0
+    for answer, row in zip(ours, theirs, strict=True):
+        assert answer.tokens == row[: len(answer.tokens)]
+        assert answer.tokens[-1] in chat.eos_ids or len(answer.tokens) == 40
+    assert torch.equal(state, torch.get_rng_state())  # and what is drawn next is the same, too
 
 
 @pytest.mark.parametrize("script_name", ["vrpo_math", "grpo_baseline"])

@@ -20,6 +20,10 @@ class Row:
     tokens: list[int]
     chosen: list[bool]
 
+    def __post_init__(self):
+        self.logprobs = [-0.1 * t * c for t, c in zip(self.tokens, self.chosen, strict=True)]
+        self.entropy = [0.2 * t * c for t, c in zip(self.tokens, self.chosen, strict=True)]
+
 
 # prompt 5 6 7, answer 8 9, EOS 1, and a shorter row; pad and EOS are the same id on purpose
 ROWS = [Row([5, 6, 7, 8, 9, 1], [F, F, F, T, T, T]), Row([5, 6, 1], [F, F, T])]
@@ -37,6 +41,9 @@ def test_pack_shifts_once_and_keeps_eos():
     assert batch["targets"].tolist() == [[6, 7, 8, 9, 1], [6, 1, 1, 1, 1]]
     # the EOS that the policy chose is in the mask, the padding of the same id is not
     assert batch["mask"].tolist() == [[F, F, T, T, T], [F, T, F, F, F]]
+    # what the policy thought of a token stands where the token does
+    assert torch.allclose(batch["logprobs"], -0.1 * batch["targets"] * batch["mask"])
+    assert torch.allclose(batch["entropy"], 0.2 * batch["targets"] * batch["mask"])
 
 
 def test_take_trims_to_the_longest_row_taken():

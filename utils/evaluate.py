@@ -32,9 +32,10 @@ from rich.text import Text
 from utils.data import DATASETS, load_split
 from utils.dialogue import DialogueTask
 from utils.errors import stop
+from utils.generation import generate
 from utils.goals import UNSEEN
 from utils.keyed import seed_torch
-from utils.models import Chat, continue_rows, load_policy, pick_device
+from utils.models import Chat, load_policy, pick_device
 from utils.problems import Problem, Task
 from utils.run import check_ranges, write_atomically
 from utils.tasks import DEFAULTS, MathTask, ScienceTask, load_dialogues, prompt
@@ -132,15 +133,15 @@ def play(
     for start in track(range(0, len(order), args.batch_size), description=what):
         live = [(episodes[i], list(problems[i].prompt_ids)) for i in order[start : start + args.batch_size]]
         for _ in range(turns):
-            answers = continue_rows(policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature)
+            answers = generate(policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature)
             following = []
             for (episode, ids), answer in zip(live, answers, strict=True):
-                episode.completions.append(chat.decode(answer))
-                episode.finished = answer[-1] in chat.eos_ids
-                episode.tokens += len(answer)
+                episode.completions.append(chat.decode(answer.tokens))
+                episode.finished = answer.tokens[-1] in chat.eos_ids
+                episode.tokens += len(answer.tokens)
                 reply = task.reply(episode.problem, episode.completions) if turns > 1 and episode.finished else None
                 if reply is not None:
-                    following.append((episode, ids + answer + chat.user_turn_ids(reply)))
+                    following.append((episode, ids + answer.tokens + chat.user_turn_ids(reply)))
             live = following
             if not live:
                 break

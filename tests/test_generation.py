@@ -1,0 +1,135 @@
+"""Decoding: whatever is saved, the tokens are those that a plain loop over the whole batch draws from the same noise."""
+
+import pytest
+import torch
+from torch.distributions import Categorical
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+
+from utils import generation
+from utils.generation import choose, exponential, generate
+from utils.models import load_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def policy_and_chat(tiny_model):
+    return load_policy(str(tiny_model), CPU)
+
+
+def some_prompts(chat, count=12):
+    return [chat.prompt_ids("Ann has 2 pens. " * (i // 3 % 3 + 1)) for i in range(count)]
+
+
+@torch.no_grad()
+def plainly(policy, chat, prompts, max_new_tokens, temperature):
+    """A loop without cache, padding or compaction: every row by itself through the whole model, for every token."""
+    answers = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    for _ in range(max_new_tokens):
+        logits = torch.stack([
+            policy(input_ids=torch.tensor([[*p, *a]])).logits[0, -1] for p, a in zip(prompts, answers, strict=True)
+        ])  # fmt: skip
+        probs = (logits / (temperature or 1.0)).softmax(-1)
+        new = torch.multinomial(probs, 1)[:, 0] if temperature else logits.argmax(-1)
+        for i, token in enumerate(new.tolist()):
+            if going[i]:
+                answers[i].append(token)
+                going[i] = token not in chat.eos_ids
+        if not any(going):
+            break
+    return answers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+@pytest.mark.parametrize("room, crowded, rows_at_once", [(32, 0.8, 10**6), (1, 1.0, 10**6), (2, 0.0, 5), (3, 0.5, 1)])
+def test_same_tokens_as_a_plain_loop(policy_and_chat, monkeypatch, temperature, room, crowded, rows_at_once):
+    policy, chat = policy_and_chat
+    vocabulary = policy.lm_head.out_features
+    chat.eos_ids = list(range(0, vocabulary, 9))  # one token in nine ends an answer
+    monkeypatch.setattr(generation, "ROOM", room)
+    monkeypatch.setattr(generation, "CROWDED", crowded)
+    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", rows_at_once * vocabulary)
+    prompts = some_prompts(chat)
+    torch.manual_seed(3)
+    expected = plainly(policy, chat, prompts, 15, temperature)
+    torch.manual_seed(3)
+    found = generate(policy, chat, prompts, 15, temperature)
+    assert [answer.tokens for answer in found] == expected
+    if temperature:
+        assert {len(a) for a in expected} > {1, 15} or len({len(a) for a in expected}) > 3  # rows do end apart
+
+
+def test_probabilities_are_those_of_the_tempered_policy(policy_and_chat):
+    policy, chat = policy_and_chat
+    for prompt, answer in zip(
+        some_prompts(chat), generate(policy, chat, some_prompts(chat), 10, temperature=0.7), strict=True
+    ):
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        drawn = Categorical(logits=logits / 0.7)
+        assert torch.allclose(torch.tensor(answer.logprobs), drawn.log_prob(torch.tensor(answer.tokens)), atol=1e-4)
+        assert torch.allclose(torch.tensor(answer.entropy), drawn.entropy(), atol=1e-4)
+
+
+def test_greedy_answers_are_certain(policy_and_chat):
+    policy, chat = policy_and_chat
+    answer = generate(policy, chat, some_prompts(chat, 1), 5, temperature=0.0)[0]
+    assert len(answer.tokens) == len(answer.logprobs) == len(answer.entropy)
+    assert set(answer.logprobs) == set(answer.entropy) == {0.0}
+
+
+def test_noise_is_that_of_multinomial():
+    torch.manual_seed(0)
+    expected = torch.empty(40, 300).exponential_()
+    torch.manual_seed(0)
+    assert torch.equal(exponential(40, 300, CPU), expected)
+    probs = torch.rand(40, 300).softmax(-1)
+    torch.manual_seed(0)
+    expected = torch.multinomial(probs, 1)[:, 0]
+    torch.manual_seed(0)
+    head = torch.nn.Linear(300, 300, bias=False)
+    torch.nn.init.eye_(head.weight)
+    torch.manual_seed(0)
+    tokens, _, _ = choose(head, probs.log(), torch.arange(40), 40, 1.0)
+    assert torch.equal(tokens, expected)
+
+
+def test_an_impossible_token_is_never_drawn():
+    head = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.eye_(head.weight)
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).repeat(500, 1).nan_to_num(neginf=-1e30)
+    tokens, logprobs, entropy = choose(head, logits, torch.arange(500), 500, 1.0)
+    assert set(tokens.tolist()) == {0, 2}
+    assert torch.allclose(logprobs, torch.tensor(0.5).log()) and torch.allclose(entropy, torch.tensor(2.0).log())
+
+
+def test_every_row_ends_at_once(policy_and_chat):
+    policy, chat = policy_and_chat
+    chat.eos_ids = list(range(policy.lm_head.out_features))
+    assert [len(a.tokens) for a in generate(policy, chat, some_prompts(chat), 5, 1.0)] == [1] * 12
+    chat.eos_ids = [policy.lm_head.out_features - 1]
+    assert [len(a.tokens) for a in generate(policy, chat, some_prompts(chat), 1, 1.0)] == [1] * 12
+
+
+def test_a_model_whose_cache_is_not_of_attention_alone(tmp_path, tokenizer):
+    """Rows cannot be taken out of such a cache, so the batch decodes as it stands: the tokens are still those of `generate`."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], initializer_range=0.3, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, chat = load_policy(str(tmp_path), CPU)
+    prompt = chat.prompt_ids("Ann has 2 pens.")
+    torch.manual_seed(1)
+    found = generate(policy, chat, [prompt] * 6, 10, 1.0)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.tensor([prompt] * 6)
+    expected = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=True, top_k=0, top_p=1.0
+    )[:, len(prompt) :].tolist()
+    assert [a.tokens for a in found] == [row[: len(a.tokens)] for a, row in zip(found, expected, strict=True)]

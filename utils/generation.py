@@ -1,0 +1,147 @@
+"""Decoding: what transformers' `generate` would draw from the same noise, in less time, with the probabilities of what was drawn.
+
+What is saved: a prompt that stands several times in a batch is read once; rows that have ended leave the batch; the cache of keys and
+values grows in place; and as the log-probabilities are kept, no further pass of the policy has to find them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+ROOM = 32  # tokens by which a cache grows at a time
+CROWDED = 0.8  # the batch is compacted when no more than this share of its rows goes on
+
+
+class Answer(NamedTuple):
+    """Tokens up to and including the first EOS; for each its log-probability under the tempered policy, and that policy's entropy."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    entropy: list[float]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values (B, H, T, D) as the used part of buffers with room for more: a further token is written in place, where
+    DynamicLayer copies the whole cache."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = self.buffers = key_states[:, :, :0], value_states[:, :, :0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used = self.keys.shape[2]
+        width = used + key_states.shape[2]
+        if width > self.buffers[0].shape[2]:
+            self.buffers = tuple(nn.functional.pad(x, (0, 0, 0, width + ROOM - used)) for x in (self.keys, self.values))
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, used:width] = new
+        self.keys, self.values = (buffer[:, :, :width] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        width = self.keys.shape[2]
+        self.buffers = tuple(buffer.index_select(0, indices) for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, :width] for buffer in self.buffers)
+
+
+def exponential(rows: int, columns: int, device: torch.device) -> Tensor:
+    """The Exp(1) noise (rows, columns) by which `torch.multinomial` chooses, argmax p / noise. On the CPU it is drawn by inversion,
+    which gives the same numbers as `exponential_` in a third of the time."""
+    if device.type == "cpu":
+        return torch.rand((rows, columns), dtype=torch.float64).neg_().log1p_().neg_().float()
+    return torch.empty((rows, columns), device=device).exponential_()
+
+
+def choose(
+    head: nn.Module, hidden: Tensor, rows: Tensor, batch: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Next token, its log-probability and the entropy, (N,) each, from the last hidden states (N, D) of the rows `rows` (N,) of a
+    batch, in ascending order. Temperature 0 takes the likeliest token, with certainty.
+
+    Noise is drawn for the whole batch, so that a row's token does not depend on which others have ended, and no more than
+    LOGITS_AT_ONCE logits exist at a time."""
+    parts = []
+    for place in torch.arange(batch, device=rows.device).split(max(1, LOGITS_AT_ONCE // head.out_features)):
+        here = (rows >= place[0]) & (rows <= place[-1])
+        logits = head(hidden[here]).float()
+        if temperature == 0:
+            zeros = torch.zeros(len(logits), device=logits.device)
+            parts.append((logits.argmax(-1), zeros, zeros))
+            continue
+        probs = (logits / temperature).softmax(-1)
+        noise = exponential(len(place), probs.shape[1], probs.device)
+        noise = noise if len(probs) == len(place) else noise[rows[here] - place[0]]
+        tokens = noise.reciprocal_().mul_(probs).argmax(-1)
+        chosen = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        parts.append((tokens, chosen.log(), torch.special.entr(probs).sum(-1)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[Answer]:
+    """The policy's answer to every prompt, of at most max_new_tokens."""
+    decoder, device = policy.get_decoder(), policy.device
+    cache = DynamicCache(config=policy.config)
+    # rows can be taken out of caches of attention; a model with others decodes its batch as it stands, to the end
+    movable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    prompts = [tuple(prompt) for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts)) if movable else prompts
+    width = max(map(len, distinct))
+    tokens = torch.tensor(
+        [(chat.pad_id,) * (width - len(p)) + p for p in distinct], device=device
+    )  # padded on the left
+    attention = torch.tensor(
+        [[0] * (width - len(p)) + [1] * (len(p) + max_new_tokens) for p in distinct], device=device
+    )
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+
+    def read(tokens: Tensor) -> Tensor:
+        """The last hidden states (N, D) after further tokens (N, T) of every row."""
+        nonlocal width
+        hidden = decoder(
+            input_ids=tokens, attention_mask=attention[:, :width], position_ids=positions[:, width - tokens.shape[1] : width],
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        width += 1
+        return hidden
+
+    def keep(some: Tensor) -> None:
+        """Go on with some rows, in their order."""
+        nonlocal attention, positions
+        attention, positions = attention[some], positions[some]
+        for layer in cache.layers:
+            layer.batch_select_indices(some)
+
+    hidden = read(tokens)
+    rows = torch.arange(len(prompts), device=device)  # places in the batch of those that go on
+    if len(distinct) < len(prompts):
+        first = {prompt: i for i, prompt in enumerate(distinct)}
+        copies = torch.tensor([first[prompt] for prompt in prompts], device=device)
+        hidden = hidden[copies]
+        keep(copies)
+    answers = torch.full((len(prompts), max_new_tokens), chat.eos_ids[0], device=device)
+    logprobs, entropy = torch.zeros(2, *answers.shape, device=device)
+    going, eos = torch.ones_like(rows, dtype=torch.bool), torch.tensor(chat.eos_ids, device=device)
+    for step in range(max_new_tokens):
+        new, logprobs[rows, step], entropy[rows, step] = choose(policy.lm_head, hidden, rows, len(prompts), temperature)
+        answers[rows, step] = new
+        going = going & ~torch.isin(new, eos)
+        count = int(going.sum())
+        if count == 0 or step + 1 == max_new_tokens:
+            break
+        if movable and count <= CROWDED * len(rows):
+            some = going.nonzero().squeeze(1)
+            rows, new, going = rows[some], new[some], going[some]
+            keep(some)
+        hidden = read(new.unsqueeze(1))
+    is_eos = torch.isin(answers, eos)
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)
+    found = zip(answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist(), strict=True)
+    return [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in found]
