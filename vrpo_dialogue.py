@@ -470,12 +470,12 @@ def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> 
     """What is fixed before the update, each (B, T): `values`, and `ref_logprobs`, NaN where the reference is None. Rows of similar
     length go through the models together.
     VRPO: also `critic_entropy` and `critic_nll`, by which the uncertain tokens are chosen."""
-    parts = {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
+    parts = {} if reference is not None else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
         scores = {}
-        if reference:
+        if reference is not None:
             hidden = hidden_states(reference.get_decoder(), inputs, mask)
             scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
         hidden = hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None

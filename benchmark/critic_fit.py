@@ -59,7 +59,7 @@ def play(policy, chat, task, args: Args, seed: int) -> list[tuple]:
 @torch.no_grad()
 def measure(critic, policy, batch: dict, clean: torch.Tensor, flags) -> tuple[float, float]:
     """Explained variance against clean returns, and the AUC of the value at the last token."""
-    values = vrpo.score_tokens(policy, policy, critic, batch, flags)["values"]
+    values = vrpo.score_tokens(policy, None, critic, batch, flags)["values"]
     mask = batch["mask"]
     last = values[vrpo.place_rewards(torch.ones(len(clean), 1), mask) > 0]
     auc = (last[clean == 1].unsqueeze(1) > last[clean == 0]).float().mean().item()

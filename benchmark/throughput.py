@@ -1,19 +1,25 @@
 """Seconds of an update: our GRPO against TRL's GRPOTrainer, PPO and VRPO against GRPO, on the same work, and where they go.
 
-    pip install trl                                          # optional: without it --systems grpo ppo vrpo
+    pip install trl==1.16.0                                  # optional: without it --systems grpo ppo vrpo
     python benchmark/throughput.py                           # embedded model and SmolLM2-135M, about 40 minutes on two cores
     python benchmark/throughput.py --models embedded --rounds 7
     python benchmark/throughput.py --against ../old          # the same scripts of another checkout beside these
 
 Every system runs in a process of its own, which waits while another has its turn: one update each, in turn, so that a machine whose
-speed drifts is unfair to nobody. The same work: same model, prompts, sampling noise, epochs, minibatches, precision and rewards; the
-learning rate is 0, so all systems sample from the same policy in every update, and in float32 they get the same completions to the
-token (checked). Neither side computes a KL term. Parts are timed by wrapping the scripts' own functions, FLOPs counted by torch in
-the first update, which is not timed. Writes benchmark/results/throughput.csv (every update) and throughput.md (medians and range).
+speed drifts is unfair to nobody (with the large model in two groups, TRL and GRPO, PPO and VRPO). The same work: same model, prompts,
+sampling noise, epochs, minibatches, precision and rewards; the learning rate is 0, so all systems sample from the same policy in
+every update, and in float32 they get the same completions to the token (checked). Neither side computes a KL term.
+
+`trl` is TRL as it comes: its generation is transformers', without vLLM; with several epochs it makes a pass for the old
+log-probabilities; in bfloat16 it casts the weights anew for every decoded token. `trl-malloc` is the same with the setting of the C
+library's allocator that the scripts use (`keep_freed_memory`).
+
+Parts are timed by wrapping the scripts' own functions, FLOPs are counted by torch in the first update, which is not timed (on a CPU
+without those of attention). Writes benchmark/results/throughput.csv (every update) and throughput.md (medians and range).
 """
 
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -23,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -36,9 +43,14 @@ SCRIPTS = {"grpo": "grpo_baseline", "ppo": "ppo_baseline", "vrpo": "vrpo_math"}
 PARTS = ("generation", "log-probabilities", "critic", "backward", "optimizer")  # and everything else
 WORK = {
     "embedded": {"prompts_per_update": 64, "samples_per_prompt": 4, "max_new_tokens": 48, "minibatch_size": 64, "micro_batch_size": 16},
-    "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 96, "minibatch_size": 8, "micro_batch_size": 4,
+    "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 64, "minibatch_size": 8, "micro_batch_size": 4,
              "max_prompt_tokens": 160, "prompt_template": 'Answer in one sentence and end with "The answer is" and the number. {question}'},
 }  # fmt: skip
+PAIRS = (
+    ("trl", "trl-malloc", "grpo"),
+    ("ppo", "vrpo"),
+)  # four processes of the large model at once would need more than 24 GB
+VERSIONS = ("torch", "transformers", "trl", "accelerate")
 COMMON = {"seed": 1, "epochs": 2, "temperature": 1.0, "learning_rate": 0.0, "kl_coef": 0.0, "noise": "symmetric"}
 
 
@@ -46,7 +58,13 @@ COMMON = {"seed": 1, "epochs": 2, "temperature": 1.0, "learning_rate": 0.0, "kl_
 class Args:
     models: tuple[Literal["embedded", "135m"], ...] = ("embedded", "135m")
     """which of the two workloads"""
-    systems: tuple[Literal["trl", "grpo", "ppo", "vrpo"], ...] = ("trl", "grpo", "ppo", "vrpo")
+    systems: tuple[Literal["trl", "trl-malloc", "grpo", "ppo", "vrpo"], ...] = (
+        "trl",
+        "trl-malloc",
+        "grpo",
+        "ppo",
+        "vrpo",
+    )
     """what to measure"""
     rounds: int = 5
     """timed updates of each system, in turn"""
@@ -150,7 +168,6 @@ def run_script(spec: dict) -> None:
     sys.path.insert(0, spec["root"])
     sys.argv = [f"{SCRIPTS[spec['system']]}.py"]
     module = importlib.import_module(SCRIPTS[spec["system"]])
-    os.chdir(tempfile.mkdtemp())
     clock = Clock(spec["device"])
     turns = Turns(clock)
     heads = []  # LM heads of critics
@@ -206,18 +223,23 @@ def run_trl(spec: dict) -> None:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    clock = Clock(spec["device"])
+    turns = Turns(clock)
     sys.path.insert(0, str(ROOT))
     import grpo_baseline as script
     from utils.keyed import seed_torch
+    from utils.models import keep_freed_memory
 
+    if spec["system"] == "trl-malloc":
+        keep_freed_memory()
     args = script.Args(**flags_of(spec))
     policy, chat = script.load_policy(args.model, torch.device(args.device))
     task = script.load_task(args, chat)
-    problems = [p for update in range(30) for p in task.batch(args.seed, update + 1, args.prompts_per_update)]
+    problems = [
+        p for update in range(spec["rounds"] + 2) for p in task.batch(args.seed, update + 1, args.prompts_per_update)
+    ]
     texts = [chat.tokenizer.decode(p.prompt_ids, clean_up_tokenization_spaces=False) for p in problems]
     data = Dataset.from_dict({"prompt": texts, "index": list(range(len(problems)))})
-    clock = Clock(args.device)
-    turns = Turns(clock)
     episodes = args.prompts_per_update * args.samples_per_prompt
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.micro_batch_size,
@@ -315,10 +337,11 @@ def machine(device: str) -> dict[str, float]:
 
 
 def decoding_floor(
-    config, answers: list[int], prompts: list[int], samples: int, rate: float, bandwidth: float, bytes_each: int
+    config, answers: list[int], prompts: list[int], samples: int, rates: dict[str, float], dtype: str
 ) -> float:
     """Seconds that decoding takes at least: every prompt read once, then per step the larger of the matrix products of the rows
     that are not finished, at the measured rate, and of their KV cache and all weights, read once at the measured bandwidth."""
+    rate, bandwidth, bytes_each = rates[dtype], rates["bytes"], 4 if dtype == "float32" else 2
     head = config.vocab_size * config.hidden_size
     size = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
     kv_width = config.num_key_value_heads * size
@@ -327,8 +350,10 @@ def decoding_floor(
         + 3 * config.hidden_size * config.intermediate_size
     )
     body = config.num_hidden_layers * layer
-    seconds = 2 * body * sum(prompts[::samples]) / rate
-    for step in range(max(answers)):
+    seconds = (
+        2 * body * sum(prompts[::samples]) + 2 * head * len(answers)
+    ) / rate  # the first tokens come with the prompts
+    for step in range(1, max(answers)):
         live = [p + step for p, a in zip(prompts, answers, strict=True) if a > step]
         flops = 2 * (body + head) * len(live)
         read = bytes_each * (body + head + config.num_hidden_layers * 2 * kv_width * sum(live))
@@ -340,65 +365,68 @@ def measure(args: Args, work: str, rates: dict[str, float]) -> tuple[list[dict],
     """All rounds of one workload: rows of the CSV, lines of the report."""
     from transformers import AutoConfig
 
-    dtype = args.dtype[args.models.index(work) if len(args.models) == 1 else ("embedded", "135m").index(work)]
+    dtype = args.dtype[list(WORK).index(work)]
     systems = {name: str(ROOT) for name in args.systems}
     for root in args.against:
-        systems |= {f"{name} ({root.name})": str(root.resolve()) for name in args.systems if name != "trl"}
-    workers = {}
-    for name, root in systems.items():
-        spec = {"system": name.split()[0], "root": root, "work": work, "dtype": dtype, "device": args.device}
-        spec |= {"model": args.large_model, "dataset": args.large_dataset}
-        for key in ("model", "dataset"):
-            spec[key] = str(Path(spec[key]).resolve()) if Path(spec[key]).exists() else spec[key]
-        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--one", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=errors, text=True, env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"},
-        )  # fmt: skip
-        workers[name] = (process, errors)
-        answer(*workers[name], name)  # ready; one starts at a time
-
+        systems |= {f"{name} ({root.resolve().name})": str(root.resolve()) for name in args.systems if name in SCRIPTS}
+    config = AutoConfig.from_pretrained(str(ROOT / "assets/tiny_math") if work == "embedded" else args.large_model)
     rows, flops, digests = [], {}, {}
-    for round_ in range(args.rounds + 1):
-        for name, (process, errors) in workers.items():
-            process.stdin.write("count\n" if round_ == 0 else "go\n")
-            process.stdin.flush()
-            found = answer(process, errors, name)
-            digests.setdefault(round_, {})[name] = found["digest"]
-            if round_ == 0:
-                flops[name] = found["flops"]
-                continue
-            row = {"model": work, "dtype": dtype, "system": name, "round": round_, "seconds": found["seconds"]}
-            row |= {
-                "completions": len(found["answers"]),
-                "answer_tokens": sum(found["answers"]),
-                "prompt_tokens": sum(found["prompts"]),
-            }
-            row |= found["parts"] | {"everything else": found["seconds"] - sum(found["parts"].values())}
-            rows.append(row)
-            print(
-                f"{work:9} round {round_} {name:16} {found['seconds']:7.2f} s  {row['completions'] / row['seconds']:7.1f} completions/s",
-                flush=True,
-            )
-            last = found
-    for process, _ in workers.values():
-        process.stdin.close()
-        process.wait()
-
-    model = str(ROOT / "assets/tiny_math") if work == "embedded" else args.large_model
-    config = AutoConfig.from_pretrained(model)
-    bytes_each = 4 if dtype == "float32" else 2
-    floor = decoding_floor(
-        config,
-        last["answers"],
-        last["prompts"],
-        WORK[work]["samples_per_prompt"],
-        rates[dtype],
-        rates["bytes"],
-        bytes_each,
+    together = (
+        [list(systems)] if work == "embedded" else [[s for s in systems if s.split()[0] in pair] for pair in PAIRS]
     )
+    for names in (group for group in together if group):
+        workers = {}
+        for name in names:
+            spec = {
+                "system": name.split()[0],
+                "root": systems[name],
+                "work": work,
+                "dtype": dtype,
+                "device": args.device,
+                "rounds": args.rounds,
+            }
+            spec |= {"model": args.large_model, "dataset": args.large_dataset}
+            for key in ("model", "dataset"):
+                spec[key] = str(Path(spec[key]).resolve()) if Path(spec[key]).exists() else spec[key]
+            errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--one", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=errors, text=True, env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"},
+            )  # fmt: skip
+            workers[name] = (process, errors)
+            answer(*workers[name], name)  # ready; one starts at a time
+
+        for round_ in range(args.rounds + 1):
+            for name, (process, errors) in workers.items():
+                process.stdin.write("count\n" if round_ == 0 else "go\n")
+                process.stdin.flush()
+                found = answer(process, errors, name)
+                digests.setdefault(round_, {})[name] = found["digest"]
+                if round_ == 0:
+                    flops[name] = found["flops"]
+                    continue
+                row = {"model": work, "dtype": dtype, "system": name, "round": round_, "seconds": found["seconds"]}
+                row |= {
+                    "completions": len(found["answers"]),
+                    "answer_tokens": sum(found["answers"]),
+                    "prompt_tokens": sum(found["prompts"]),
+                }
+                row |= found["parts"] | {"everything else": found["seconds"] - sum(found["parts"].values())}
+                lengths = found["answers"], found["prompts"]
+                row["floor of generation"] = decoding_floor(
+                    config, *lengths, WORK[work]["samples_per_prompt"], rates, dtype
+                )
+                rows.append(row)
+                print(
+                    f"{work:9} round {round_} {name:16} {found['seconds']:7.2f} s  {row['completions'] / row['seconds']:7.1f} completions/s",
+                    flush=True,
+                )
+        for process, _ in workers.values():
+            process.stdin.close()
+            process.wait()
+
     same = all(len(set(found.values())) == 1 for found in digests.values())
-    return rows, report(work, dtype, rows, flops, floor, rates, same)
+    return rows, report(work, dtype, rows, flops, rates, same)
 
 
 def answer(process, errors, name: str) -> dict:
@@ -409,7 +437,7 @@ def answer(process, errors, name: str) -> dict:
     return json.loads(line)
 
 
-def report(work: str, dtype: str, rows: list[dict], flops: dict, floor: float, rates: dict, same: bool) -> list[str]:
+def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, same: bool) -> list[str]:
     """Markdown: throughput of the systems, then the parts of an update beside their floors."""
     by_system: dict[str, list[dict]] = {}
     for row in rows:
@@ -448,7 +476,9 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, floor: float, r
         cells = []
         for part in head:
             seconds = middle(r[part] for r in own)
-            least = floor if part == "generation" else flops[name].get(part, 0) / rates[dtype]
+            least = flops[name].get(part, 0) / rates[dtype]
+            if part == "generation":
+                least = middle(r["floor of generation"] for r in own)
             cells.append(f"{seconds:.2f}" + (f" ({least:.2f})" if least >= 0.005 else "") if seconds >= 0.005 else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -457,16 +487,21 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, floor: float, r
 def main(args: Args) -> None:
     if args.one:
         spec = json.loads(args.one)
-        (run_trl if spec["system"] == "trl" else run_script)(spec)
+        (run_script if spec["system"] in SCRIPTS else run_trl)(spec)
         return
     import pandas as pd
 
+    if args.rounds < 1:
+        sys.exit(f"--rounds {args.rounds}: must be at least 1")
+    if any(name.startswith("trl") for name in args.systems) and not importlib.util.find_spec("trl"):
+        sys.exit("TRL is not installed: pip install trl==1.16.0, or leave it out with --systems grpo ppo vrpo")
     rates = machine(args.device)
     print({key: f"{value / 1e9:.0f} G/s" for key, value in rates.items()}, flush=True)
     lines = [
         f"`python benchmark/throughput.py` on {torch.get_num_threads()} threads ({args.device}): matrix products at {rates['float32'] / 1e9:.0f} GFLOP/s in "
-        f"float32 and {rates['bfloat16'] / 1e9:.0f} in bfloat16, memory at {rates['bytes'] / 1e9:.0f} GB/s. Floors in brackets: FLOPs of a part at that rate; "
+        f"float32 and {rates['bfloat16'] / 1e9:.0f} in bfloat16, memory at {rates['bytes'] / 1e9:.0f} GB/s. Floors in brackets, estimates: FLOPs of a part (without attention's on a CPU) at that rate; "
         "for generation every distinct prompt once, then per token the weights and the KV cache of unfinished rows at the memory's rate or their FLOPs, whichever takes longer.",
+        f"Versions: {', '.join(f'{x} {version(x)}' for x in VERSIONS if importlib.util.find_spec(x))}.",
         "",
     ]
     frames = []

@@ -3,6 +3,7 @@
 import importlib
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
@@ -57,10 +58,17 @@ def work_of(run_main, monkeypatch, tokenizer):
         monkeypatch.setattr(module.Run, "log", logged)
         handle = register_module_forward_hook(work.count)
         try:
-            flags = {"model": MODEL, "max_new_tokens": 32, "minibatch_size": 8, "eval_every": 10, "micro_batch_size": 1} | flags
-            run_main(name, updates=2, epochs=EPOCHS, **flags)
+            flags = {
+                "model": MODEL,
+                "max_new_tokens": 32,
+                "minibatch_size": 8,
+                "eval_every": 10,
+                "micro_batch_size": 1,
+            } | flags
+            folder = run_main(name, updates=2, epochs=EPOCHS, **flags)
         finally:
             handle.remove()
+        work.kl = pd.read_csv(folder / "metrics.csv")["objective/kl_ref"].notna().tolist()[1:]
         return work, episodes
 
     return measure
@@ -79,6 +87,7 @@ def test_passes_and_tokens_of_an_update(work_of, name, models):
         scored = models - 1 + (update == 2)
         assert work.passes[update, "scored"] == scored * EPISODES
         assert work.tokens[update, "scored"] == scored * inputs
+    assert work.kl == [False, True]
     # decoding: every distinct prompt once; then a row takes part until it has ended, or a little longer
     answers = [sum(e.chosen) for e in first]
     prompts = {tuple(e.problem.prompt_ids) for e in first}
@@ -86,12 +95,12 @@ def test_passes_and_tokens_of_an_update(work_of, name, models):
     assert len(prompts) == EPISODES / 2 and len(set(answers)) > 1
     assert work.passes[1, "decoded"] == max(answers)
     fed = work.tokens[1, "decoded"] - read
-    assert sum(answers) - EPISODES <= fed <= (sum(answers) - EPISODES) / generation.CROWDED
+    assert sum(answers) - EPISODES <= fed <= (sum(answers) - EPISODES) / generation.COMPACT_AT
 
 
 def test_a_kl_weight_brings_the_reference_back(work_of):
     work, _ = work_of("grpo_baseline", kl_coef=0.1)
-    assert work.passes[1, "scored"] == EPISODES
+    assert work.passes[1, "scored"] == EPISODES and work.kl == [True, True]
 
 
 @pytest.mark.parametrize("micro_batch_size, padded", [(1, False), (2, True), (4, True)])
@@ -108,6 +117,7 @@ def test_padding_is_cut_in_every_micro_batch(work_of, micro_batch_size, padded):
 def test_logits_at_once(work_of, monkeypatch, tokenizer, name):
     """However many tokens there are: rollout, scoring, training and evaluation stay below LOGITS_AT_ONCE."""
     rows, script = 3, importlib.import_module(name)
+    assert script.LOGITS_AT_ONCE == generation.LOGITS_AT_ONCE
     for module in (script, generation):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows * len(tokenizer) + 5)
     work, (episodes, _) = work_of(name, micro_batch_size=4)

@@ -1,4 +1,4 @@
-"""Decoding: what transformers' `generate` would draw from the same noise, in less time, with the probabilities of what was drawn.
+"""Decoding: what transformers' `generate` would draw, in less time, with the probabilities of what was drawn.
 
 What is saved: a prompt that stands several times in a batch is read once; rows that have ended leave the batch; the cache of keys and
 values grows in place; and as the log-probabilities are kept, no further pass of the policy has to find them.
@@ -13,11 +13,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 ROOM = 32  # tokens by which a cache grows at a time
-CROWDED = 0.8  # the batch is compacted when no more than this share of its rows goes on
+COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
 
 
 class Answer(NamedTuple):
-    """Tokens up to and including the first EOS; for each its log-probability under the tempered policy, and that policy's entropy."""
+    """Tokens up to and including the first EOS; for each its log-probability under the tempered policy, and that policy's entropy.
+    A greedy answer is certain: both are 0."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -26,7 +27,7 @@ class Answer(NamedTuple):
 
 class RoomyLayer(DynamicLayer):
     """Keys and values (B, H, T, D) as the used part of buffers with room for more: a further token is written in place, where
-    DynamicLayer copies the whole cache."""
+    DynamicLayer copies the whole cache. Made for `generate` below: nothing but these methods keeps the buffers in step."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -55,7 +56,7 @@ def exponential(rows: int, columns: int, device: torch.device) -> Tensor:
     which gives the same numbers as `exponential_` in a third of the time."""
     if device.type == "cpu":
         return torch.rand((rows, columns), dtype=torch.float64).neg_().log1p_().neg_().float()
-    return torch.empty((rows, columns), device=device).exponential_()
+    return torch.empty((rows, columns), device=device).exponential_().clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def choose(
@@ -65,7 +66,7 @@ def choose(
     batch, in ascending order. Temperature 0 takes the likeliest token, with certainty.
 
     Noise is drawn for the whole batch, so that a row's token does not depend on which others have ended, and no more than
-    LOGITS_AT_ONCE logits exist at a time."""
+    LOGITS_AT_ONCE logits exist at a time. On a CPU it is `generate`'s noise, however it is cut; on a GPU while a batch is one piece."""
     parts = []
     for place in torch.arange(batch, device=rows.device).split(max(1, LOGITS_AT_ONCE // head.out_features)):
         here = (rows >= place[0]) & (rows <= place[-1])
@@ -103,7 +104,7 @@ def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temper
     positions = (attention.cumsum(1) - 1).clamp(min=0)
 
     def read(tokens: Tensor) -> Tensor:
-        """The last hidden states (N, D) after further tokens (N, T) of every row."""
+        """The last hidden states (N, D) after further tokens (N, T) of every row: the prompts, then one token at a time."""
         nonlocal width
         hidden = decoder(
             input_ids=tokens, attention_mask=attention[:, :width], position_ids=positions[:, width - tokens.shape[1] : width],
@@ -130,13 +131,13 @@ def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temper
     logprobs, entropy = torch.zeros(2, *answers.shape, device=device)
     going, eos = torch.ones_like(rows, dtype=torch.bool), torch.tensor(chat.eos_ids, device=device)
     for step in range(max_new_tokens):
-        new, logprobs[rows, step], entropy[rows, step] = choose(policy.lm_head, hidden, rows, len(prompts), temperature)
-        answers[rows, step] = new
+        new, logprob, uncertainty = choose(policy.lm_head, hidden, rows, len(prompts), temperature)
+        answers[rows, step], logprobs[rows, step], entropy[rows, step] = new, logprob, uncertainty
         going = going & ~torch.isin(new, eos)
         count = int(going.sum())
         if count == 0 or step + 1 == max_new_tokens:
             break
-        if movable and count <= CROWDED * len(rows):
+        if movable and count <= COMPACT_AT * len(rows):
             some = going.nonzero().squeeze(1)
             rows, new, going = rows[some], new[some], going[some]
             keep(some)

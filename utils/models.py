@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from utils.errors import stop
@@ -123,7 +123,7 @@ def load_policy(
     eos_ids = [i for i in eos_ids if i < model.get_input_embeddings().num_embeddings]
     if not eos_ids:
         stop(f"--model {name}: neither its generation config nor its tokenizer names an EOS token")
-    check_head(model, name, eos_ids)
+    check_model(model, name, eos_ids)
     # nothing but EOS is inherited: a model's own top-k or repetition penalty would bias the ratios
     model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
     if lora_rank:
@@ -160,16 +160,26 @@ def save_policy(policy: PreTrainedModel | PeftModel, folder: str | os.PathLike) 
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, name: str, ids: list[int]) -> None:
-    """Stop unless the model's logits are lm_head(hidden states): the scripts apply the head themselves, to chosen tokens only."""
-    tokens = torch.tensor([ids[:1] * 4])
-    if hasattr(model, "lm_head"):
-        ours = model.lm_head(model.eval().get_decoder()(input_ids=tokens).last_hidden_state)
-        if torch.allclose(ours, model(input_ids=tokens).logits, rtol=1e-3, atol=1e-3):
-            return
-    stop(
-        f"--model {name}: the logits of {type(model).__name__} are not lm_head(hidden states), as the scripts compute them"
-    )
+def check_model(model: PreTrainedModel, name: str, ids: list[int]) -> None:
+    """Stop unless the model is what the scripts take it for: its logits are lm_head(hidden states), as they apply the head themselves,
+    to chosen tokens only, and it decodes through transformers' DynamicCache, token by token."""
+    kind = type(model).__name__
+    tokens = torch.tensor([[*ids[:1], *range(5)]]).clamp(max=model.get_input_embeddings().num_embeddings - 1)
+    if not hasattr(model, "lm_head"):
+        stop(f"--model {name}: {kind} has no lm_head, which the scripts apply themselves")
+    decoder = model.eval().get_decoder()
+    hidden = decoder(input_ids=tokens).last_hidden_state
+    if not torch.allclose(model.lm_head(hidden), model(input_ids=tokens).logits, rtol=1e-3, atol=1e-3):
+        stop(f"--model {name}: the logits of {kind} are not lm_head(hidden states), as the scripts compute them")
+    try:
+        cache = DynamicCache(config=model.config)
+        decoder(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
+        cached = decoder(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state
+    except (AttributeError, TypeError, ValueError):
+        cached = torch.full_like(hidden, torch.nan)
+    scale = hidden[:, -1].abs().max()
+    if not (cached[:, -1] - hidden[:, -1]).abs().max() <= (0.1 if hidden.dtype == torch.bfloat16 else 1e-3) * scale:
+        stop(f"--model {name}: {kind} does not decode through transformers' DynamicCache, which the scripts use")
 
 
 def first_line(error: Exception) -> str:
@@ -177,7 +187,7 @@ def first_line(error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    """`auto` is CUDA, else Apple's MPS, else the CPU, where freed memory is kept for reuse."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -195,4 +205,4 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors of up to 32 MB
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors below 32 MB
