@@ -1,7 +1,7 @@
 # make demo: set up and run VRPO on the embedded default;  make test: set up and run the tests
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-DEMO_FLAGS := --beta 0.01 --token-ratio 0.8
+DEMO_FLAGS := --beta 0.01 --token-ratio 0.8 --updates 24
 
 .PHONY: demo test check format model
 

@@ -451,8 +451,8 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, sa
         f"{COMMON['epochs']} epochs; completions {'identical' if same else 'not identical token by token'} in all systems; "
         f"{len(by_system[rows[0]['system']])} rounds",
         "",
-        "| system | completions/s, median (range) | seconds of an update | completions/s against TRL | seconds against GRPO |",
-        "|---|---|---|---|---|",
+        "| system | completions/s, median (range) | seconds of an update | completions/s against TRL | seconds against GRPO | against PPO |",
+        "|---|---|---|---|---|---|",
     ]
     for name, own in by_system.items():
         rate = [r["completions"] / r["seconds"] for r in own]
@@ -466,10 +466,12 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, sa
 
         cells = [
             name,
-            f"{middle(rate):.1f} ({min(rate):.1f} to {max(rate):.1f})",
+            f"{middle(rate):.3g} ({min(rate):.3g} to {max(rate):.3g})",
             f"{middle(r['seconds'] for r in own):.2f}",
         ]
-        lines.append("| " + " | ".join([*cells, against("trl", True), against("grpo", False)]) + " |")
+        lines.append(
+            "| " + " | ".join([*cells, against("trl", True), against("grpo", False), against("ppo", False)]) + " |"
+        )
     head = [*PARTS, "everything else"]
     lines += ["", f"| seconds (floor) | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for name, own in by_system.items():

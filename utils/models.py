@@ -205,4 +205,6 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors below 32 MB
+        libc.mallopt(
+            -3, 2**23
+        )  # M_MMAP_THRESHOLD: activations of small models, but not logits, which would leave holes
