@@ -600,8 +600,7 @@ def main(args: Args) -> None:
                 )
                 # GRPO: no value loss
                 loss = losses["losses/policy"]
-                if args.entropy_coef > 0:
-                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()

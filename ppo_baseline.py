@@ -644,8 +644,7 @@ def main(args: Args) -> None:
                 losses["losses/value"] = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
                 losses["losses/value"] /= return_variance
                 loss = losses["losses/policy"] + args.value_coef * losses["losses/value"]
-                if args.entropy_coef > 0:
-                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()

@@ -738,8 +738,7 @@ def main(args: Args) -> None:
                 critic_loss = critic_loss + args.lambda_ent * losses["vrpo/entropy_aux"]
                 critic_loss = critic_loss + args.lambda_ppl * losses["vrpo/perplexity_aux"]
                 loss = losses["losses/policy"] + args.value_coef * critic_loss
-                if args.entropy_coef > 0:
-                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()

@@ -55,9 +55,10 @@ def measure(head_name: str, tokens: int, at_once: int, device: torch.device) -> 
 
 
 def measure_update(vocabulary: int, micro_batch_size: int, device: str) -> tuple[int, float]:
-    """Parameters of a random Llama, and peak GB of two updates of vrpo_math.py with it."""
+    """Parameters of a random Llama, and peak GB of an update of vrpo_math.py with it."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_math")
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
@@ -68,7 +69,7 @@ def measure_update(vocabulary: int, micro_batch_size: int, device: str) -> tuple
         model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
         flags = {
-            "model": f"{folder}/model", "dataset": ROOT / "assets/data/tiny_math", "updates": 2, "max-new-tokens": 64, "eval-size": 64,
+            "model": f"{folder}/model", "dataset": ROOT / "assets/data/tiny_math", "updates": 1, "max-new-tokens": 48, "eval-size": 16, "prompts-per-update": 16,
             "truncated": "grade", "rollout-batch-size": 256, "micro-batch-size": micro_batch_size, "run-name": "memory", "device": device,
         }  # fmt: skip
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
