@@ -38,7 +38,7 @@ from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
 from utils.reward_model import load_reward_model, on_reward_scale
-from utils.run import Run, check_ranges, parse_args, peak_memory_gb
+from utils.run import Run, check_flags, parse_args, peak_memory_gb
 from utils.tasks import load_task
 from utils.votes import majority_vote
 
@@ -242,8 +242,8 @@ def by_length(mask: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    """The inverse of x[mask]: values (N, ...) back on the grid (B, T, ...), zero where the mask is."""
+    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
 
 
 # GRPO: three ways to average
@@ -370,15 +370,19 @@ def judged(episode: Episode, args: Args) -> list[str]:
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
 
 
-def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], args: Args) -> list[dict]:
-    """An episode of every prompt: what was said, reward and value at the end of each turn, and the true outcome."""
-    rows = []
+def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args) -> list[dict]:
+    """An episode of every prompt: what was said, reward and value at the end of each turn, the true outcome, every token."""
+    rows, batch = [], batch | {"rewards": rewards}
     for i in range(0, len(episodes), args.samples_per_prompt):
         episode = episodes[i]
         ends = turn_ends(batch["mask"][i : i + 1])[0]
-        row = {"messages": task.messages(episode.problem, episode.completions), "rewards": rewards[i][ends].tolist()}
+        row = {key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch}
+        row["messages"] = task.messages(episode.problem, episode.completions)
         row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
-        rows.append(row | {key: batch[key][i][ends].tolist() for key in ("values",) if key in batch})
+        row["tokens"] = {"text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]], "chosen": episode.chosen[1:]}
+        grids = {key: batch[key][i] for key in ("values", "advantages", "entropy", "rewards") if key in batch}
+        row["tokens"] |= {k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist() for k, x in grids.items()}
+        rows.append(row)
     return rows
 
 
@@ -396,7 +400,7 @@ def score_tokens(reference, batch: dict, args: Args) -> dict[str, Tensor]:
             hidden = hidden_states(reference.get_decoder(), inputs, mask)
             scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
         for key, value in scores.items():
-            grid = parts.setdefault(key, torch.zeros_like(batch["logprobs"]))
+            grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
             grid[rows, : mask.shape[1]] = spread(value, mask)
     return parts
 
@@ -463,21 +467,15 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
     outcomes = task.measure([(e.problem, judged(e, args)) for e in episodes])
     metrics = {f"eval/{name}": value for name, value in outcomes.items()}
     metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
-    samples = [
-        {**task.show(e.problem, e.completions), "right": task.grade(e.problem, judged(e, args))} for e in episodes
-    ]
-    return metrics, samples
+    right = [task.grade(e.problem, judged(e, args)) for e in episodes]
+    return metrics, [task.show(e.problem, e.completions) | {"right": r} for e, r in zip(episodes, right, strict=True)]
 
 
 # ==== 9. Main loop ====================================================================================================
 
 
 def main(args: Args) -> None:
-    check_ranges(args)
-    if args.reward_per == "turn" and not args.reward_model:
-        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
-    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
-        stop("--noise majority-vote: votes are on final answers, which neither dialogues nor --reward-model have")
+    check_flags(args)
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
     if args.reward_per == "turn":
@@ -492,9 +490,7 @@ def main(args: Args) -> None:
     judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(
-        f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped: {task.dropped or 0}"
-    )
+    run.print(f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}")
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
@@ -618,6 +614,7 @@ def main(args: Args) -> None:
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
+        sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -632,10 +629,7 @@ def main(args: Args) -> None:
             "reward/observed": observed.mean().item(),
             "reward/clean": clean.mean().item(),
             **channel_metrics(clean, observed),
-            **{
-                f"sampled/{name}": x
-                for name, x in task.measure([(e.problem, judged(e, args)) for e in episodes]).items()
-            },
+            **{f"sampled/{name}": share for name, share in sampled.items()},
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
@@ -650,7 +644,7 @@ def main(args: Args) -> None:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics
             run.samples(update, samples)
-            run.transcripts(update, transcripts(task, episodes, rewards, batch, args))
+            run.transcripts(update, transcripts(task, chat, episodes, rewards, batch, args))
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:

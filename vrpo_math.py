@@ -18,6 +18,7 @@ decoder's output at z = mu; the uncertain tokens are chosen once per update, whe
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
 from utils.reward_model import load_reward_model, on_reward_scale
-from utils.run import Run, check_ranges, parse_args, peak_memory_gb
+from utils.run import Run, check_flags, parse_args, peak_memory_gb
 from utils.tasks import load_task
 from utils.votes import majority_vote
 
@@ -181,10 +182,14 @@ class Args:
     """updates over which beta rises from zero: a critic that knows little yet would not pay for any code"""
     latent_dim: int = 64
     """width of the latent code z"""
+    latent_std: float = 1.0
+    """sigma of the code at the start; the prior's is 1"""
     bottleneck_layers: Literal[0, 1, 2] = 1
     """Gaussian layers between hidden state and decoder; 0 is PPO's linear head"""
     value_samples: int = 16
-    """latent samples over which the rollout's values are averaged (one in the loss)"""
+    """latent samples over which the rollout's values are averaged"""
+    loss_samples: int = 1
+    """latent samples over which the value in the loss is averaged"""
     token_ratio: float = 0.8
     """share of the tokens, the most uncertain ones, on which the semantic losses act"""
     lambda_ent: float = 0.05
@@ -267,8 +272,8 @@ def by_length(mask: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of x[mask]: values (N,) back on the grid (B, T), zero where the mask is."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    """The inverse of x[mask]: values (N, ...) back on the grid (B, T, ...), zero where the mask is."""
+    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
 
 
 def token_weights(mask: Tensor) -> Tensor:
@@ -356,6 +361,7 @@ class Critic(nn.Module):
             self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
             nn.init.normal_(self.encoders[-1].weight, std=0.3 * width**-0.5)
             nn.init.zeros_(self.encoders[-1].bias)
+            nn.init.constant_(self.encoders[-1].bias[args.latent_dim :], math.log(args.latent_std))
             width = args.latent_dim
         # VRPO: the decoder is an MLP of two layers; without a bottleneck it is PPO's linear head.
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU()) if self.encoders else nn.Identity()
@@ -450,15 +456,19 @@ def judged(episode: Episode, args: Args) -> list[str]:
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
 
 
-def transcripts(task, episodes: list[Episode], rewards: Tensor, batch: dict[str, Tensor], args: Args) -> list[dict]:
-    """An episode of every prompt: what was said, reward and value at the end of each turn, and the true outcome."""
-    rows = []
+def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args) -> list[dict]:
+    """An episode of every prompt: what was said, reward and value at the end of each turn, the true outcome, every token."""
+    rows, batch = [], batch | {"rewards": rewards}
     for i in range(0, len(episodes), args.samples_per_prompt):
         episode = episodes[i]
         ends = turn_ends(batch["mask"][i : i + 1])[0]
-        row = {"messages": task.messages(episode.problem, episode.completions), "rewards": rewards[i][ends].tolist()}
+        row = {key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch}
+        row["messages"] = task.messages(episode.problem, episode.completions)
         row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
-        rows.append(row | {key: batch[key][i][ends].tolist() for key in ("values",) if key in batch})
+        row["tokens"] = {"text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]], "chosen": episode.chosen[1:]}
+        grids = {key: batch[key][i] for key in ("values", "advantages", "entropy", "rewards") if key in batch}
+        row["tokens"] |= {k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist() for k, x in grids.items()}
+        rows.append(row)
     return rows
 
 
@@ -482,7 +492,7 @@ def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> 
         critic_logprobs, scores["critic_entropy"] = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
         scores["critic_nll"] = -critic_logprobs
         for key, value in scores.items():
-            grid = parts.setdefault(key, torch.zeros_like(batch["logprobs"]))
+            grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
             grid[rows, : mask.shape[1]] = spread(value, mask)
     return parts
 
@@ -506,6 +516,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
     return advantages
+
+
+def advantages_and_targets(rewards: Tensor, batch: dict, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """A (B, T), not yet whitened, of the rewards and what `score_tokens` found; and what the critic is fitted to: `returns` (B, T), and
+    VRPO: where the critic's language model is least certain of the next token, `entropy_active`, `perplexity_active` (B, T)."""
+    values, mask = batch["values"], batch["mask"]
+    advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+    targets = {"returns": gae(rewards, values, mask, args.gamma, args.critic_lambda) + values}
+    targets["entropy_active"] = most_uncertain(batch["critic_entropy"], mask, args.token_ratio)  # VRPO
+    targets["perplexity_active"] = most_uncertain(batch["critic_nll"], mask, args.token_ratio)
+    return advantages, targets
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -536,13 +557,11 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
     return weighted_sum(d.exp() - 1 - d, weights)
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, value_clip: float | None
-) -> Tensor:
-    """E[(V - R)^2]; with `value_clip` the larger of it and the error of V kept within value_clip of the rollout's value."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
+    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept within `clip` of the rollout's value."""
     loss = (values - returns) ** 2
-    if value_clip is not None:
-        kept = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    if clip is not None:
+        kept = old_values + (values - old_values).clamp(-clip, clip)
         loss = torch.max(loss, (kept - returns) ** 2)
     return weighted_sum(loss, weights)
 
@@ -570,6 +589,23 @@ def semantic_losses(
     return weighted_sum(entropy, entropy_weights), weighted_sum(-logprobs, perplexity_weights)
 
 
+def critic_loss(critic, features: Tensor, part: dict, unit: Tensor, update: int, args: Args) -> tuple[Tensor, dict]:
+    """The critic's loss on a micro-batch and its terms, from features (N, D); `unit` is the variance of the returns, so that a
+    constant critic has 1. VRPO: value, code and language model come from one pass of the critic, and the loss is
+    MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
+    mask, weights = part["mask"], part["weights"]
+    values, ib_kl, sigma = critic.values(features, args.loss_samples)
+    logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, part["targets"][mask], 1.0)
+    values, ib_kl, sigma, logprobs, entropy = (spread(x, mask) for x in (values, ib_kl, sigma, logprobs, entropy))
+    mse = value_loss(values, part["values"], part["returns"], weights, args.value_clip) / unit
+    ib_kl, sigma = weighted_sum(ib_kl, weights), weighted_sum(sigma, weights)
+    ent, ppl = semantic_losses(entropy, logprobs, part["entropy_weights"], part["perplexity_weights"])
+    beta = args.beta * min(1.0, update / args.beta_warmup)
+    loss = mse + beta * ib_kl + args.lambda_ent * ent + args.lambda_ppl * ppl
+    terms = {"losses/value": mse, "vrpo/ib_kl": ib_kl, "vrpo/latent_std": sigma}
+    return loss, terms | {"vrpo/entropy_aux": ent, "vrpo/perplexity_aux": ppl}
+
+
 # ==== 8. Evaluation ===================================================================================================
 
 
@@ -579,21 +615,15 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
     outcomes = task.measure([(e.problem, judged(e, args)) for e in episodes])
     metrics = {f"eval/{name}": value for name, value in outcomes.items()}
     metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
-    samples = [
-        {**task.show(e.problem, e.completions), "right": task.grade(e.problem, judged(e, args))} for e in episodes
-    ]
-    return metrics, samples
+    right = [task.grade(e.problem, judged(e, args)) for e in episodes]
+    return metrics, [task.show(e.problem, e.completions) | {"right": r} for e, r in zip(episodes, right, strict=True)]
 
 
 # ==== 9. Main loop ====================================================================================================
 
 
 def main(args: Args) -> None:
-    check_ranges(args)
-    if args.reward_per == "turn" and not args.reward_model:
-        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
-    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
-        stop("--noise majority-vote: votes are on final answers, which neither dialogues nor --reward-model have")
+    check_flags(args)
     device = pick_device(args.device)
     seed_torch(args.seed, "adapters")
     policy, chat = load_policy(
@@ -606,9 +636,7 @@ def main(args: Args) -> None:
     critic = Critic(policy, args).to(device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(
-        f"{run.folder}: {len(task.train)} training and {len(task.test)} test problems; dropped: {task.dropped or 0}"
-    )
+    run.print(f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}")
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
@@ -688,19 +716,13 @@ def main(args: Args) -> None:
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
-        advantages = gae(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
-        batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.critic_lambda) + batch["values"]
-        batch["advantages"] = whiten(advantages, mask)
-        # VRPO: where the critic's language model is least certain of the next token
-        batch["entropy_active"] = most_uncertain(batch["critic_entropy"], mask, args.token_ratio)
-        batch["perplexity_active"] = most_uncertain(batch["critic_nll"], mask, args.token_ratio)
-        active = batch["entropy_active"] | batch["perplexity_active"]
+        advantages, critic_targets = advantages_and_targets(rewards, batch, args)
+        batch |= critic_targets | {"advantages": whiten(advantages, mask)}
         return_variance = batch["returns"][mask].var().clamp(min=0.01)  # unit of the value loss: 1 is a constant critic
         scored = time.perf_counter()
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
         history = []
-        beta = args.beta * min(1.0, update / args.beta_warmup)  # VRPO
         orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
         minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
         for minibatch in (take(batch, rows) for rows in minibatches):
@@ -716,28 +738,13 @@ def main(args: Args) -> None:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
                     targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                    # VRPO: value, code and language model from one pass of the critic
                     features = critic.features(part["inputs"], chosen, hidden)
-                    values, ib_kl, sigma = critic.values(features, samples=1)
-                    critic_logprobs, critic_entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
-                logprobs, entropy, values = (spread(x, chosen) for x in (logprobs, entropy, values))
-                critic_logprobs, critic_entropy = (spread(x, chosen) for x in (critic_logprobs, critic_entropy))  # VRPO
-                losses = {}
+                    critic_term, losses = critic_loss(critic, features, part, return_variance, update, args)
+                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                 )
-                losses["losses/value"] = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
-                losses["losses/value"] /= return_variance
-                # VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl
-                losses["vrpo/ib_kl"] = weighted_sum(spread(ib_kl, chosen), weights)
-                losses["vrpo/latent_std"] = weighted_sum(spread(sigma, chosen), weights)
-                losses["vrpo/entropy_aux"], losses["vrpo/perplexity_aux"] = semantic_losses(
-                    critic_entropy, critic_logprobs, part["entropy_weights"], part["perplexity_weights"]
-                )
-                critic_loss = losses["losses/value"] + beta * losses["vrpo/ib_kl"]
-                critic_loss = critic_loss + args.lambda_ent * losses["vrpo/entropy_aux"]
-                critic_loss = critic_loss + args.lambda_ppl * losses["vrpo/perplexity_aux"]
-                loss = losses["losses/policy"] + args.value_coef * critic_loss
+                loss = losses["losses/policy"] + args.value_coef * critic_term
                 loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
@@ -756,6 +763,7 @@ def main(args: Args) -> None:
         updated = time.perf_counter()
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
+        sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
         errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
         observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
         clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
@@ -773,10 +781,7 @@ def main(args: Args) -> None:
             "reward/observed": observed.mean().item(),
             "reward/clean": clean.mean().item(),
             **channel_metrics(clean, observed),
-            **{
-                f"sampled/{name}": x
-                for name, x in task.measure([(e.problem, judged(e, args)) for e in episodes]).items()
-            },
+            **{f"sampled/{name}": share for name, share in sampled.items()},
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
@@ -787,7 +792,10 @@ def main(args: Args) -> None:
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
             "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
-            "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
+            "vrpo/active_tokens": (batch["entropy_active"] | batch["perplexity_active"])[mask]
+            .float()
+            .mean()
+            .item(),  # VRPO
         }
 
         # --- 9.6 evaluate and checkpoint ---
@@ -796,15 +804,11 @@ def main(args: Args) -> None:
                 eval_metrics, samples = evaluate(policy, chat, task, args)
             metrics |= eval_metrics
             run.samples(update, samples)
-            run.transcripts(update, transcripts(task, episodes, rewards, batch, args))
+            run.transcripts(update, transcripts(task, chat, episodes, rewards, batch, args))
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {
-                "critic": critic,
-                "optimizer": optimizer.state_dict(),
-                "scale": {args.reward_model: scale},
-            }
+            state = {"critic": critic, "optimizer": optimizer.state_dict(), "scale": {args.reward_model: scale}}
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

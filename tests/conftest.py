@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math")
+SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline")
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)  # the models are so small that a second thread only waits

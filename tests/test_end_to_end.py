@@ -229,13 +229,50 @@ def test_every_number_flag_of_vrpo_matters(run_main):
     assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
     for i, flags in enumerate((
         {"beta_warmup": 1}, {"critic_warmup": 1}, {"critic_backbone": "shared"},
-        {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
+        {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"loss_samples": 3}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
         {"lambda_ppl": 0.0}, {"lm_head": "learned"}, {"gamma": 0.9}, {"gae_lambda": 0.5}, {"critic_lambda": 0.5},
         {"critic_learning_rate": 1e-2}, {"head_learning_rate": 1e-2}, {"value_coef": 0.1}, {"value_clip": 0.01},
         {"entropy_coef": 0.1}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl_in": "loss"}, {"clip_range": 0.001}, {"max_grad_norm": 0.01},
         {"epochs": 1}, {"minibatch_size": 2}, {"learning_rate": 1e-3}, {"temperature": 0.5}, {"noise_rate": 0.1}, {"seed": 5},
     )):  # fmt: skip
         assert read_metrics(run_main("vrpo_math", run_name=f"variant{i}", **{**base, **flags})) != plain, flags
+
+
+@pytest.mark.parametrize("name, variants", [
+    ("dvpo_math", [
+        {"quantile_heads": 2}, {"quantiles": 20}, {"huber_kappa": 0.1}, {"tail_share": 0.3}, {"critic_lambda": 1.0},
+        *({f"lambda_{term}": 5.0} for term in ("consistency", "cvar", "gain", "shift", "shape", "curvature")),
+    ]),
+    ("robust_ppo_baseline", [
+        {"value_heads": 2}, {"worst_case": "contamination"}, {"worst_case": "conservative"}, {"critic_lambda": 1.0},
+    ]),
+    ("robust_ppo_baseline", [{"worst_case": "contamination", "contamination": 0.5}, {"worst_case": "conservative"}]),
+    ("robust_ppo_baseline", [{"worst_case": "conservative", "conservative_coef": 0.5}, {"worst_case": "contamination"}]),
+])  # fmt: skip
+def test_every_flag_of_the_other_critics_matters(name, variants, run_main):
+    """All runs differ from the defaults and from one another in the values of update 2."""
+    base = {"noise_rate": 0.5, "eval_every": 2, "save_every": 2, "truncated": "grade", "eval_size": 1, "kl_coef": 0.1}
+    found = [
+        pd.read_csv(run_main(name, run_name=f"variant{i}", **base, **flags) / "metrics.csv")
+        for i, flags in enumerate([{}, *variants])
+    ]
+    seen = [(frame["critic/advantage_std"][2], frame["losses/grad_norm_critic"][2]) for frame in found]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("dvpo_math", {"quantiles": 2}, "--quantiles 2: must be at least 3"),
+        ("dvpo_math", {"huber_kappa": 0.0}, "--huber-kappa 0.0: must be at least 0.001"),
+        ("dvpo_math", {"tail_share": 1.5}, r"--tail-share 1.5: must be in \[0, 1\]"),
+        ("robust_ppo_baseline", {"contamination": 2.0}, r"--contamination 2.0: must be in \[0, 1\]"),
+        ("robust_ppo_baseline", {"value_heads": 0}, "--value-heads 0: must be at least 1"),
+    ],
+)
+def test_bad_flags_of_the_other_critics(name, flags, message, run_main):
+    with pytest.raises(SystemExit, match=message):
+        run_main(name, **flags)
 
 
 def test_majority_vote_and_bfloat16(run_main):

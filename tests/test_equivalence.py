@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def test_all_scripts_see_the_same_completions_and_noise_in_update_1(run_main):
         rows.append({k: row[k] for k in row if k.startswith(("charts/", "reward/")) and k != "reward/total"})
         rows[-1]["entropy"] = row["objective/entropy"]
         assert read_samples(folder)[0] == read_samples(Path(folder).parent / SCRIPTS[0])[0]
-    assert rows[0] == rows[1] == rows[2]
+    assert all(row == rows[0] for row in rows)
 
 
 def test_vrpo_without_its_parts_is_ppo(run_main):
@@ -48,12 +49,28 @@ def test_vrpo_without_its_parts_is_ppo(run_main):
     settings = {"updates": 2, "noise_rate": 0.4, "max_new_tokens": 16}
     a = run_main("ppo_baseline", **settings)
     b = run_main("vrpo_math", bottleneck_layers=0, lambda_ent=0.0, lambda_ppl=0.0, **settings)
-    import pandas as pd
-
     left, right = (pd.read_csv(f / "metrics.csv") for f in (a, b))
     for key in left.columns:
         if not key.startswith(("time/", "charts/tokens", "charts/peak")):
             assert left[key].tolist() == pytest.approx(right[key].tolist(), rel=1e-4, abs=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"value_heads": 1},
+        {"worst_case": "contamination", "contamination": 0.0},
+        {"worst_case": "conservative", "conservative_coef": 0.0},
+    ],
+)
+def test_robust_ppo_without_its_worst_case_is_ppo(run_main, flags):
+    """One head, no contamination, no weight: every metric of PPO's, to the last bit."""
+    settings = {"max_new_tokens": 16, "critic_lambda": 0.9, "value_clip": 0.3, "kl_coef": 0.1}
+    left = pd.read_csv(run_main("ppo_baseline", **settings) / "metrics.csv")
+    right = pd.read_csv(run_main("robust_ppo_baseline", **settings, **flags) / "metrics.csv")
+    for key in left.columns:
+        if not key.startswith(("time/", "charts/tokens", "charts/peak")):
+            assert left[key].tolist() == pytest.approx(right[key].tolist(), rel=0, abs=0, nan_ok=True), key
 
 
 def gradients(module, policy, chat, minibatch, micro_batch_size):
@@ -226,9 +243,7 @@ def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
 
 
 def test_shared_backbone_and_critic_warmup(run_main):
-    import pandas as pd
-
-    for name in ("ppo_baseline", "vrpo_math"):
+    for name in ("ppo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline"):
         run = run_main(name, run_name=f"{name}-w", critic_backbone="shared", critic_warmup=1, kl_coef=0.1)
         frame = pd.read_csv(run / "metrics.csv")
         assert frame["losses/grad_norm_policy"].tolist()[1] == 0 and frame["losses/grad_norm_policy"].tolist()[2] > 0

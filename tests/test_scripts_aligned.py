@@ -14,21 +14,44 @@ from utils.problems import Problem
 from utils.tasks import MathTask
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILY = ("ppo_baseline", "grpo_baseline", "vrpo_math", "vrpo_dialogue")
+FAMILY = ("ppo_baseline", "grpo_baseline", "vrpo_math", "vrpo_dialogue", "dvpo_math", "robust_ppo_baseline")
 # child: its parent, the share of the parent's lines that it keeps at least, its hunks at most
 BUDGETS = {
     "vrpo_math": ("ppo_baseline", 0.90, 30),
     "grpo_baseline": ("ppo_baseline", 0.80, 30),
     "vrpo_dialogue": ("vrpo_math", 0.93, 20),
+    "dvpo_math": ("ppo_baseline", 0.88, 30),
+    "robust_ppo_baseline": ("ppo_baseline", 0.88, 30),
 }
-MARK = {"vrpo_math": "VRPO", "grpo_baseline": "GRPO", "vrpo_dialogue": "dialogue"}
+MARK = {
+    "vrpo_math": "VRPO",
+    "grpo_baseline": "GRPO",
+    "vrpo_dialogue": "dialogue",
+    "dvpo_math": "DVPO",
+    "robust_ppo_baseline": "robust",
+}
 # Top-level units that bear the same name in parent and child and differ, with the reason.
 INTENDED_DIFFS = {
     ("vrpo_math", "Args"): "the method's own flags",
     ("vrpo_math", "Critic"): "bottleneck and LM head",
     ("vrpo_math", "make_optimizer"): "encoder, decoder and a learned LM head have learning rates",
     ("vrpo_math", "score_tokens"): "the critic's uncertainty about each token",
-    ("vrpo_math", "main"): "the value loss has three more terms",
+    ("vrpo_math", "advantages_and_targets"): "the choice of the uncertain tokens",
+    ("vrpo_math", "critic_loss"): "three more terms",
+    ("vrpo_math", "main"): "the latent samples' seed and the weights of the uncertain tokens",
+    ("dvpo_math", "Args"): "the method's own flags, lambda of the targets",
+    ("dvpo_math", "Critic"): "heads of quantiles",
+    ("dvpo_math", "score_tokens"): "the quantiles",
+    ("dvpo_math", "advantages_and_targets"): "GAE for every quantile",
+    ("dvpo_math", "critic_loss"): "quantile regression and its companions",
+    ("dvpo_math", "main"): "what the ensemble predicts, in the log",
+    ("robust_ppo_baseline", "Args"): "the method's own flags, lambda of the targets",
+    ("robust_ppo_baseline", "Critic"): "several heads",
+    ("robust_ppo_baseline", "score_tokens"): "the lowest head",
+    ("robust_ppo_baseline", "gae"): "a contaminated backup",
+    ("robust_ppo_baseline", "advantages_and_targets"): "the same",
+    ("robust_ppo_baseline", "critic_loss"): "a mean over heads, a conservative term",
+    ("robust_ppo_baseline", "main"): "the ensemble's doubt, in the log",
     ("grpo_baseline", "Args"): "the method's own flags in place of the critic's",
     ("grpo_baseline", "token_weights"): "three ways to average over tokens",
     ("grpo_baseline", "make_optimizer"): "no critic",
@@ -55,7 +78,7 @@ def units(name: str) -> dict[str, str]:
 
 def shared_args(name: str) -> str:
     """The Args class up to the method's own section."""
-    return re.split(r"    # --- (?:PPO|GRPO|VRPO) ---\n", units(name)["Args"])[0]
+    return re.split(r"    # --- (?:PPO|GRPO) ---\n", units(name)["Args"])[0]
 
 
 def hunks(parent: str, child: str) -> list[tuple[list[str], list[str], int]]:
@@ -118,7 +141,7 @@ def test_diff_budget(child):
 
 @pytest.mark.parametrize("child", BUDGETS)
 def test_every_added_hunk_below_the_args_is_labelled(child):
-    """A block that the child adds or changes in banners 4 to 9 carries `# VRPO:` or `# GRPO:` in it or in the line above."""
+    """A block that the child adds or changes in banners 4 to 9 carries the child's mark in it or in the line above."""
     lines = source(child).splitlines()
     begins = next(i for i, line in enumerate(lines) if line.startswith("# ==== 4."))
     unlabelled = []
@@ -165,7 +188,7 @@ def measured() -> set[str]:
 
 
 def test_metric_keys_equal_the_table_of_the_readme():
-    written, families = set(), "charts|time|reward|objective|losses|critic|vrpo|grpo|eval"
+    written, families = set(), "charts|time|reward|objective|losses|critic|vrpo|dvpo|robust|grpo|eval"
     for name in FAMILY:
         written |= set(re.findall(rf'"((?:{families})/\w+)"', source(name)))
         written |= {f"losses/grad_norm_{group}" for group in re.findall(r'"name": "(\w+)"', source(name))}

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
+import dvpo_math as dvpo
 import grpo_baseline as grpo
 import ppo_baseline as ppo
+import robust_ppo_baseline as robust
 import vrpo_math as vrpo
 
 T, F = True, False
@@ -257,3 +259,175 @@ def test_semantic_losses_by_hand():
     entropy, logprobs = torch.tensor([[0.5, 0.1]]), torch.tensor([[-2.0, -4.0]])
     ent, ppl = vrpo.semantic_losses(entropy, logprobs, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
     assert (ent.item(), ppl.item()) == (pytest.approx(0.5), pytest.approx(3.0))
+
+
+# ---- DVPO ----
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.3, 1.0, 5.0]), st.sampled_from([1, 2, 7]))
+def test_quantile_loss_against_the_definition(seed, kappa, count):
+    """|tau_i - 1{u < 0}| L_kappa(u) / kappa over all pairs, and its gradient."""
+    torch.manual_seed(seed)
+    theta = torch.randn(4, 3, count, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 1, count, dtype=torch.float64).round(decimals=1)  # with ties
+    u = target.unsqueeze(-2) - theta.unsqueeze(-1)  # (N, H, prediction, target)
+    tau = ((torch.arange(count) + 0.5) / count).view(1, 1, count, 1)
+    huber = torch.where(u.abs() <= kappa, 0.5 * u**2, kappa * (u.abs() - 0.5 * kappa))
+    expected = ((tau - (u < 0).double()).abs() * huber / kappa).mean((1, 2, 3))
+    got = dvpo.quantile_loss(theta, target, kappa)
+    assert torch.allclose(got, expected)
+    gradients = [torch.autograd.grad(x.sum(), theta, retain_graph=True)[0] for x in (got, expected)]
+    assert torch.allclose(*gradients)
+
+
+def test_quantile_regression_finds_the_quantiles():
+    """The quantiles of 0, 1, ..., 9 at levels 1/8, 3/8, 5/8, 7/8 under a small kappa."""
+    theta, target = torch.zeros(1, 1, 4, requires_grad=True), torch.arange(10.0).view(1, 10)
+    optimizer = torch.optim.Adam([theta], lr=0.05)
+    for _ in range(600):
+        optimizer.zero_grad()
+        sum(dvpo.quantile_loss(theta, t.expand(1, 1, 4), 0.1).sum() for t in target[0]).backward()
+        optimizer.step()
+    assert theta[0, 0].tolist() == pytest.approx([1, 3, 6, 8], abs=0.3)
+
+
+def test_distributional_gae():
+    mask = pack(TWO_TURNS)["mask"]
+    rewards = ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
+    quantiles = torch.randn(*mask.shape, 5)
+    each = dvpo.distributional_gae(rewards, quantiles, mask, 0.9, 0.8)
+    assert each.shape == quantiles.shape
+    for j in range(5):
+        assert torch.equal(each[..., j], ppo.gae(rewards, quantiles[..., j], mask, 0.9, 0.8))
+    alone = dvpo.distributional_gae(rewards, quantiles[..., :1], mask, 0.9, 0.8)[..., 0]
+    assert torch.equal(alone, ppo.gae(rewards, quantiles[..., 0], mask, 0.9, 0.8))
+    assert torch.allclose(each.mean(-1), ppo.gae(rewards, quantiles.mean(-1), mask, 0.9, 0.8), atol=1e-6)
+
+
+def test_dvpo_targets_are_the_observed_return_with_lambda_one():
+    mask = pack(TWO_TURNS)["mask"]
+    rewards = ppo.place_rewards(torch.tensor([[1.0]]), mask)
+    batch = {"mask": mask, "quantiles": torch.randn(*mask.shape, 5)}
+    batch["values"] = batch["quantiles"].mean(-1)
+    _, targets = dvpo.advantages_and_targets(rewards, batch, dvpo.Args(critic_lambda=1.0))
+    assert torch.allclose(targets["target_quantiles"][mask], torch.ones(4, 5), atol=1e-6)
+    _, targets = dvpo.advantages_and_targets(rewards, batch, dvpo.Args(critic_lambda=0.5))
+    assert targets["target_quantiles"][mask].std(-1)[:-1].min() > 0
+    assert torch.equal(targets["returns"], targets["target_quantiles"].mean(-1))
+
+
+def test_tail_losses_are_zero_exactly_when_their_condition_holds():
+    target = torch.tensor([[[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]]])
+    share = 0.3  # tails 0 1 2 and 7 8 9
+
+    def moved(low=(0, 0, 0), high=(0, 0, 0), middle=0.0):
+        theta = target.clone()
+        theta[..., :3] += torch.tensor(low)
+        theta[..., 3:7] += middle
+        theta[..., 7:] += torch.tensor(high)
+        return theta
+
+    wide, narrow = (-1.0, 0.0, 1.0), (0.5, 0.0, -0.5)
+    up = (1.0, 1.0, 1.0)
+    for loss, zero, above in (
+        (dvpo.cvar_loss, [moved(), moved(low=wide), moved(high=up, middle=2.0)], {2.0: moved(low=(2.0, 1.0, 3.0))}),
+        (dvpo.gain_loss, [moved(), moved(high=wide), moved(low=up, middle=2.0)], {1.0: moved(high=up)}),
+    ):
+        assert all(loss(theta, target, share).item() == 0 for theta in zero)
+        for shift, theta in above.items():
+            assert loss(theta, target, share).item() == pytest.approx(shift**2)
+    assert dvpo.shift_loss(target, target).item() == dvpo.shift_loss(target + 0.5, target).item() == 0
+    assert dvpo.shift_loss(target - 0.5, target).item() == pytest.approx(0.5)
+    for theta in (
+        moved(),
+        moved(low=narrow),
+        moved(high=wide),
+        moved(low=narrow, high=wide),
+        moved(low=up, middle=3.0),
+    ):
+        assert dvpo.shape_loss(theta, target, share).item() == 0
+    # variances: of -1 1 3 it is 8/3, of 0 1 2 it is 2/3, of 0.5 0 -0.5 around it 1/6
+    assert dvpo.shape_loss(moved(low=wide), target, share).item() == pytest.approx(2)
+    assert dvpo.shape_loss(moved(high=narrow), target, share).item() == pytest.approx(0.5)
+
+
+def test_curvature_loss():
+    """The lower tail may bend down (second differences below zero), the upper one up: a heavy tail is both."""
+    straight = torch.arange(10.0).view(1, 1, 10)
+    heavy = (straight - 4.5) ** 3  # odd and convex above: second differences rise through zero
+    assert dvpo.curvature_loss(straight, 0.3).item() == dvpo.curvature_loss(heavy, 0.3).item() == 0
+    light = (straight - 4.5).sign() * (straight - 4.5).abs().sqrt()
+    assert dvpo.curvature_loss(light, 0.3).item() > 0
+    bent = torch.tensor([[[0.0, 0.0, 3.0, 6.0, 9.0, 9.0]]])  # second differences 3 0 0 -3
+    assert dvpo.curvature_loss(bent, 0.25).item() == pytest.approx(6)
+
+
+def test_consistency_loss_is_a_mean_over_pairs():
+    theta = torch.randn(4, 3, 7)
+    pairs = [((theta[:, a] - theta[:, b]) ** 2).mean(-1) for a in range(3) for b in range(a)]
+    assert torch.allclose(dvpo.consistency_loss(theta), torch.stack(pairs).mean(0), atol=1e-6)
+    assert (dvpo.consistency_loss(theta[:, :1]) == 0).all()
+    assert (dvpo.consistency_loss(theta[:, :1].expand(4, 3, 7)) == 0).all()
+
+
+def test_tails_have_one_quantile_at_least():
+    low, high = dvpo.tails(torch.arange(5.0), 0.01)
+    assert low.tolist() == [0] and high.tolist() == [4]
+
+
+# ---- robust PPO ----
+
+
+def test_contaminated_gae_by_hand():
+    # V = 1, 2, 3, reward 10 at the end, gamma 1, lambda 0, rho 0.5: backups 1, 1.5, 2; deltas 1.5 - 1, 2 - 2, 10 - 3
+    values, rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 10.0]]), torch.ones(1, 3).bool()
+    assert robust.gae(rewards, values, mask, 1.0, 0.0, 0.5).tolist() == [[0.5, 0.0, 7.0]]
+    assert torch.equal(robust.gae(rewards, values, mask, 0.9, 0.8, 0.0), ppo.gae(rewards, values, mask, 0.9, 0.8))
+    # the worst state of the batch is sought where the policy chose
+    values, mask = torch.tensor([[-9.0, 2.0, 3.0]]), torch.tensor([[F, T, T]])
+    assert robust.gae(rewards, values, mask, 1.0, 0.0, 1.0).tolist() == [[0.0, 0.0, 7.0]]
+
+
+def test_conservative_gap_by_hand():
+    values = torch.tensor([[0.0, 3.0, 99.0], [1.0, 1.0, 1.0], [float("nan"), 5.0, 5.0]], requires_grad=True)
+    mask = torch.tensor([[T, T, F], [F, F, F], [F, T, T]])
+    gap = robust.conservative_gap(values, mask)
+    log = torch.tensor(0.0).logaddexp(torch.tensor(3.0)) - 1.5
+    assert torch.allclose(gap, torch.stack([log, torch.tensor(0.0), torch.tensor(2.0).log()]).unsqueeze(1))
+    gap.sum().backward()
+    share = torch.tensor(3.0).sigmoid().item()
+    assert values.grad[0].tolist() == pytest.approx([0.5 - share, share - 0.5, 0])  # what stands out is lowered
+    assert values.grad[1:].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_ensemble_min_takes_the_lowest_head(tiny_model):
+    from utils.models import load_policy
+
+    policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
+    args = robust.Args(value_heads=3)
+    critic = robust.Critic(policy, args)
+    with torch.no_grad():
+        critic.head.weight.zero_()
+        critic.head.bias.copy_(torch.tensor([0.5, 0.2, 0.8]))
+    batch = pack(ROWS)
+    scores = robust.score_tokens(policy, None, critic, batch, args)
+    assert torch.allclose(scores["values"], 0.2 * batch["mask"])
+    assert torch.allclose(scores["doubt"], 0.3 * batch["mask"])
+    # every head is fitted to the same targets: the mean of the squared errors, in units of the variance
+    part = batch | scores | {"returns": torch.ones(batch["mask"].shape), "weights": ppo.token_weights(batch["mask"])}
+    features = torch.zeros(int(batch["mask"].sum()), policy.config.hidden_size)
+    loss, _ = robust.critic_loss(critic, features, part, torch.tensor(0.5), 1, args)
+    assert loss.item() == pytest.approx((0.25 + 0.64 + 0.04) / 3 / 0.5)
+    for kind in ("contamination", "conservative"):
+        assert robust.Critic(policy, robust.Args(worst_case=kind)).head.out_features == 1
+
+
+def test_ensembles_start_with_different_heads(tiny_model):
+    from utils.models import load_policy
+
+    policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
+    weight = robust.Critic(policy, robust.Args()).head.weight
+    assert not weight[0].any() and all(weight[k].any() for k in range(1, len(weight)))
+    heads = dvpo.Critic(policy, dvpo.Args()).head.weight.unflatten(0, (3, 200))
+    assert not torch.equal(heads[0], heads[1]) and heads.std() > 0

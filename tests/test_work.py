@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SCRIPTS
 from utils import generation
 
 EPISODES, EPOCHS = 8, 2
@@ -74,7 +74,9 @@ def work_of(run_main, monkeypatch, tokenizer):
     return measure
 
 
-@pytest.mark.parametrize("name, models", [("grpo_baseline", 1), ("ppo_baseline", 2), ("vrpo_math", 2)])
+@pytest.mark.parametrize(
+    "name, models", [("grpo_baseline", 1), *((name, 2) for name in SCRIPTS if name != "grpo_baseline")]
+)
 def test_passes_and_tokens_of_an_update(work_of, name, models):
     """`models` is how many transformers are trained: the policy, and the critic where there is one."""
     work, (first, second) = work_of(name)
@@ -113,7 +115,7 @@ def test_padding_is_cut_in_every_micro_batch(work_of, micro_batch_size, padded):
     assert tokens == least if not padded else least <= tokens < (least + most) / 2
 
 
-@pytest.mark.parametrize("name", ["grpo_baseline", "ppo_baseline", "vrpo_math"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_logits_at_once(work_of, monkeypatch, tokenizer, name):
     """However many tokens there are: rollout, scoring, training and evaluation stay below LOGITS_AT_ONCE."""
     rows, script = 3, importlib.import_module(name)

@@ -27,8 +27,9 @@ ArgsType = TypeVar("ArgsType")
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
-    "gamma", "gae_lambda", "critic_lambda", "token_ratio", "label_noise", "length_bias",
+    "gamma", "gae_lambda", "critic_lambda", "token_ratio", "tail_share", "contamination", "label_noise", "length_bias",
 )  # fmt: skip
+LEAST = {"quantiles": 3, "huber_kappa": 0.001}  # a curvature needs three; and the Huber loss is divided by kappa
 HEADLINES = {"eval/accuracy": "clean held-out accuracy", "eval/average": "held-out mean of TCR, ACR and GCR"}
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -76,8 +77,19 @@ def check_ranges(args: Any) -> None:
         if not low <= value <= high:
             limits = f"in [{low}, {high}]" if name in SHARES else f"at least {low}"
             stop(f"--{name.replace('_', '-')} {value}: must be {limits}")
+        if name in LEAST and value < LEAST[name]:
+            stop(f"--{name.replace('_', '-')} {value}: must be at least {LEAST[name]}")
     if args.temperature == 0:
         stop("--temperature 0: must be above 0 (evaluation is greedy whatever it is)")
+
+
+def check_flags(args: Any) -> None:
+    """`check_ranges` of a script's flags, and what must not be combined."""
+    check_ranges(args)
+    if args.reward_per == "turn" and not args.reward_model:
+        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
+    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
+        stop("--noise majority-vote: votes are on final answers, which neither dialogues nor --reward-model have")
 
 
 class Run:
@@ -178,7 +190,7 @@ class Run:
         self.print(view)
 
     def transcripts(self, update: int, rows: list[dict[str, Any]]) -> None:
-        """Append sampled episodes, with rewards and values, to transcripts.jsonl."""
+        """Append sampled episodes, with rewards and values, to transcripts.jsonl (`python -m utils.tokens` shows them)."""
         with (self.folder / "transcripts.jsonl").open("a") as file:
             file.writelines(json.dumps({"update": update, **row}) + "\n" for row in rows)
 

@@ -1,0 +1,75 @@
+"""The pages that show what a critic sees, token by token."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import tokens
+
+FLAGS = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32, "noise_rate": 0.5}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+
+
+def test_transcripts_hold_every_token(run_main):
+    """The tokens are those of the conversation, rewards stand on the last of them, and numbers where the policy chose alone."""
+    row = records(run_main("ppo_baseline", **FLAGS))[0]
+    table = row["tokens"]
+    assert {len(column) for column in table.values()} == {len(table["text"])}
+    assert set(table) == {"text", "chosen", "values", "advantages", "entropy", "rewards"}
+    said = "".join(text for text, chosen in zip(table["text"], table["chosen"], strict=True) if chosen)
+    assert row["messages"][1]["content"] in said
+    assert table["rewards"][-1] == row["rewards"][-1] and not any(table["rewards"][:-1])
+    assert table["values"][-1] == pytest.approx(row["values"][-1], abs=1e-4)
+    assert not any(v for v, chosen in zip(table["advantages"], table["chosen"], strict=True) if not chosen)
+
+
+def test_page_and_picture(run_main, tmp_path):
+    """A line for every run and colour; GRPO has no values; questions with a wrong reward come first."""
+    runs = [run_main(name, **FLAGS) for name in ("ppo_baseline", "grpo_baseline")]
+    out = tmp_path / "tokens.html"
+    tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2))
+    page = out.read_text()
+    assert page.count("<h3>") == 2 and page.count("ppo_baseline<br>") == 6 and page.count("grpo_baseline<br>") == 4
+    assert "title='values" in page and ("observed 1.00, true 0.00" in page or "observed 0.00, true 1.00" in page)
+    assert (tmp_path / "tokens.png").stat().st_size > 5000
+    groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
+    wrong = [any(tokens.observed(r) != tokens.clean(r) for r in rows.values()) for _, rows in groups]
+    assert wrong[0] and len(groups) >= 2
+    assert [q for q, _ in groups] == list(dict.fromkeys(q for q, _ in groups))
+
+
+def test_words_are_escaped_and_user_turns_are_grey(tmp_path):
+    table = {"text": ["<b>", "hi", "&"], "chosen": [True, False, True]}
+    table |= {key: [0.1, 0.0, 0.3] for key in ("values", "advantages", "entropy", "rewards")}
+    row = {
+        "update": 1,
+        "messages": [{"role": "user", "content": "a < b?"}],
+        "tokens": table,
+        "outcome": {"accuracy": 1.0},
+    }
+    page = tokens.page([("a < b?", {"r": row})], ["values"])
+    assert "a &lt; b?" in page and "&lt;b&gt;" in page and "&amp;" in page
+    assert page.count("color:#888") == 1 and "<b>hi" not in page
+
+
+def test_what_cannot_be_shown_is_said(run_main, tmp_path):
+    with pytest.raises(SystemExit, match="no readable transcripts"):
+        tokens.read_rows(tmp_path)
+    (tmp_path / "transcripts.jsonl").write_text(json.dumps({"update": 1, "messages": []}) + "\n")
+    with pytest.raises(SystemExit, match="have no tokens"):
+        tokens.read_rows(tmp_path)
+    run = run_main("ppo_baseline", **FLAGS)
+    with pytest.raises(SystemExit, match=r"--update 9: the runs have \[1, 2\]"):
+        tokens.main(tokens.Args(runs=(run,), update=9, out=tmp_path / "x.html"))
+    with pytest.raises(SystemExit, match="at least one run"):
+        tokens.main(tokens.Args())
+    rows = records(run)
+    for row in rows:
+        row["messages"][0]["content"] += " And why?"
+    (tmp_path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="no question in common"):
+        tokens.main(tokens.Args(runs=(run, tmp_path), out=tmp_path / "x.html"))

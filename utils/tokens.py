@@ -1,0 +1,228 @@
+"""What a critic sees: sampled answers, token by token, coloured by value, advantage or entropy.
+
+python -m utils.tokens runs/A runs/B --out tokens.html                  # the last update that both have, and tokens.png beside it
+python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
+"""
+
+import html
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from utils.errors import stop
+
+COLORS = {"values": "RdYlGn", "advantages": "PuOr", "entropy": "Blues"}
+EXPLAINED = {
+    "values": "value: what the critic expects of the rest, from red (0) to green (1)",
+    "advantages": "whitened advantage: from orange (below) to violet (above)",
+    "entropy": "entropy of the policy, in nats",
+}
+
+
+def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
+    """{update: {question: row of transcripts.jsonl}}, rows with tokens alone."""
+    try:
+        rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        stop(f"{folder}: no readable transcripts.jsonl there (a run writes it at every evaluation)")
+    found: dict[int, dict[str, dict]] = {}
+    for row in rows:
+        if "tokens" in row:
+            found.setdefault(row["update"], {})[row["messages"][0]["content"]] = row
+    if not found:
+        stop(f"{folder}: its transcripts have no tokens (they were written by an older version)")
+    return found
+
+
+def pick(runs: dict[str, dict], update: int | None, rows: int) -> list[tuple[str, dict[str, dict]]]:
+    """For some questions that all runs have at that update, {run: row}: first those whose observed and true outcomes differ in some
+    run, which are the ones that tell."""
+    common = set.intersection(*(set(found) for found in runs.values()))
+    if not common or (update is not None and update not in common):
+        stop(f"--update {update}: the runs have {sorted(common)} in common")
+    chosen = {name: found[max(common) if update is None else update] for name, found in runs.items()}
+    questions = [q for q in next(iter(chosen.values())) if all(q in rows for rows in chosen.values())]
+    if not questions:
+        stop("the runs have no question in common at that update; runs with the same seed do")
+
+    def tells(question: str) -> bool:
+        return any(round(observed(rows[question])) != round(clean(rows[question])) for rows in chosen.values())
+
+    told = [q for q in questions if tells(q)]
+    quiet = [q for q in questions if q not in told]
+    mixed = [q for pair in zip(told, quiet, strict=False) for q in pair] or questions
+    return [(q, {name: rows[q] for name, rows in chosen.items()}) for q in mixed[:rows]]
+
+
+def observed(row: dict) -> float:
+    """The sum of the rewards, KL penalties included where they are rewards."""
+    return sum(row["tokens"]["rewards"])
+
+
+def clean(row: dict) -> float:
+    """The true outcome: accuracy of a question, mean of the three rates of a dialogue."""
+    return row["outcome"].get("accuracy", row["outcome"].get("average", float("nan")))
+
+
+def answer(row: dict) -> list[int]:
+    """Positions from the first token that the policy chose to the last (user turns between them included)."""
+    chosen = [i for i, c in enumerate(row["tokens"]["chosen"]) if c]
+    return list(range(chosen[0], chosen[-1] + 1)) if chosen else []
+
+
+def scale(color: str, groups: list) -> tuple[float, float]:
+    """The same colours for all runs of a page: values on [0, 1] or wider, advantages around zero, entropies from zero."""
+    found = [x for _, rows in groups for row in rows.values() for x in row["tokens"].get(color, [])] or [0.0]
+    if color == "values":
+        return min(0.0, *found), max(1.0, *found)
+    top = max(1e-9, *map(abs, found))
+    return (-top, top) if color == "advantages" else (0.0, top)
+
+
+def paint(color: str, low: float, high: float):
+    """number -> (r, g, b), pale enough for black letters."""
+    import matplotlib
+
+    palette = matplotlib.colormaps[COLORS[color]]
+
+    def rgb(x: float) -> tuple[float, ...]:
+        return tuple(0.35 + 0.65 * c for c in palette((x - low) / (high - low))[:3])
+
+    return rgb
+
+
+def page(groups: list, colors: list[str]) -> str:
+    """The HTML: for every question, run and colour a line of tokens; their numbers appear under the pointer."""
+    lines = [
+        "<!doctype html><meta charset='utf-8'><title>tokens</title>",
+        "<style>body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;margin:2px 0;font:13px monospace}",
+        "td{vertical-align:top;padding:2px 10px 2px 0}.end{font-weight:bold}h3{margin-bottom:2px}</style>",
+        "<p>" + "<br>".join(f"<b>{c}</b>: {EXPLAINED[c]}" for c in colors),
+    ]
+    painters = {color: paint(color, *scale(color, groups)) for color in colors}
+    for question, rows in groups:
+        lines.append(f"<h3>{html.escape(question)}</h3><table>")
+        for name, row in rows.items():
+            tokens = row["tokens"]
+            for color in colors:
+                if color not in tokens:
+                    continue
+                spans = []
+                for i in answer(row):
+                    text = html.escape(tokens["text"][i]).replace("\n", "⏎\n") or "·"
+                    if not tokens["chosen"][i]:
+                        spans.append(f"<span style='color:#888'>{text}</span>")
+                        continue
+                    numbers = ", ".join(f"{key} {tokens[key][i]:.3f}" for key in COLORS if key in tokens)
+                    r, g, b = (round(255 * c) for c in painters[color](tokens[color][i]))
+                    spans.append(f"<span title='{numbers}' style='background:rgb({r},{g},{b})'>{text}</span>")
+                end = f"observed {observed(row):.2f}, true {clean(row):.2f}"
+                lines.append(
+                    f"<tr><td>{html.escape(name)}<br>{color}<td><pre>{''.join(spans)}</pre><td class='end'>{end}"
+                )
+        lines.append("</table>")
+    return "\n".join(lines)
+
+
+def picture(groups: list, color: str, out: Path) -> None:
+    """The PNG: one line for each run under each question, `color` alone, the number under each token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rgb = paint(color, *scale(color, groups))
+    height = sum(1.3 + 1.05 * len(rows) for _, rows in groups)
+    longest = max(
+        sum(len(shown(row["tokens"]["text"][i])) + 1 for i in answer(row))
+        for _, rows in groups
+        for row in rows.values()
+    )
+    margin, ending = 16, 24
+    width = min(200, margin + longest + ending)
+    figure = plt.figure(figsize=(width * 0.092, 0.42 * height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.axis("off")
+    y = 0.7
+    font = {"family": "monospace", "fontsize": 8}
+    for question, rows in groups:
+        axis.text(
+            0.5,
+            y,
+            question if len(question) < width - 4 else question[: int(width) - 5] + "…",
+            fontsize=9,
+            weight="bold",
+        )
+        y += 0.9
+        for name, row in rows.items():
+            tokens, x = row["tokens"], margin
+            axis.text(0.5, y, name[-margin + 1 :], va="center", fontsize=8)
+            for i in answer(row):
+                text = shown(tokens["text"][i])
+                if x + len(text) > width - ending:
+                    axis.text(x, y, "…", va="center", **font)
+                    x += 2
+                    break
+                if tokens["chosen"][i] and color in tokens:
+                    box = plt.Rectangle((x, y - 0.38), len(text) + 0.9, 0.56, color=rgb(tokens[color][i]), lw=0)
+                    axis.add_patch(box)
+                    axis.text(
+                        x + 0.3,
+                        y + 0.33,
+                        f"{tokens[color][i]:.2f}".lstrip("0"),
+                        va="center",
+                        fontsize=4.5,
+                        color="#555",
+                    )
+                axis.text(x + 0.4, y - 0.1, text, va="center", **font)
+                x += len(text) + 1
+            end = (
+                f"observed {observed(row):.0f}, true {clean(row):.2g}"
+                if "accuracy" in row["outcome"]
+                else f"{observed(row):.2f} / {clean(row):.2f}"
+            )
+            wrong = round(observed(row)) != round(clean(row))
+            axis.text(x + 1, y, end, va="center", fontsize=8, color="C3" if wrong else "black")
+            y += 1.05
+        y += 0.4
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def shown(text: str) -> str:
+    return text.replace("\n", "⏎") or "·"
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = field(default_factory=tuple)
+    """run directories, with the same seed if they are to be compared"""
+    out: Path = Path("tokens.html")
+    """page to write; the picture goes beside it as .png"""
+    update: int | None = None
+    """update of the samples; default: the last that all runs have"""
+    rows: int = 8
+    """questions; half of them with a wrong reward, where there are such"""
+    color: Literal["values", "advantages", "entropy"] = "values"
+    """colour of the picture (the page has all three)"""
+
+
+def main(args: Args) -> None:
+    if not args.runs:
+        stop("give at least one run directory")
+    names = [folder.name for folder in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in args.runs]
+    groups = pick({name: read_rows(f) for name, f in zip(names, args.runs, strict=True)}, args.update, args.rows)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(groups, list(COLORS)))
+    picture(groups, args.color, args.out.with_suffix(".png"))
+    print(f"{args.out} and {args.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
