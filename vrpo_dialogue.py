@@ -21,7 +21,6 @@ drift apart, and `charts/response_length` or `charts/turns` grow, the policy is 
 """
 
 import copy
-import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,8 +184,6 @@ class Args:
     """updates over which beta rises from zero: a critic that knows little yet would not pay for any code"""
     latent_dim: int = 64
     """width of the latent code z"""
-    latent_std: float = 1.0
-    """sigma of the code at the start; the prior's is 1"""
     bottleneck_layers: Literal[0, 1, 2] = 1
     """Gaussian layers between hidden state and decoder; 0 is PPO's linear head"""
     value_samples: int = 16
@@ -364,7 +361,6 @@ class Critic(nn.Module):
             self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
             nn.init.normal_(self.encoders[-1].weight, std=0.3 * width**-0.5)
             nn.init.zeros_(self.encoders[-1].bias)
-            nn.init.constant_(self.encoders[-1].bias[args.latent_dim :], math.log(args.latent_std))
             width = args.latent_dim
         # VRPO: the decoder is an MLP of two layers; without a bottleneck it is PPO's linear head.
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU()) if self.encoders else nn.Identity()

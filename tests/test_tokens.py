@@ -31,7 +31,7 @@ def test_page_and_picture(run_main, tmp_path):
     """A line for every run and colour; GRPO has no values; questions with a wrong reward come first."""
     runs = [run_main(name, **FLAGS) for name in ("ppo_baseline", "grpo_baseline")]
     out = tmp_path / "tokens.html"
-    tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2))
+    tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1))
     page = out.read_text()
     assert page.count("<h3>") == 2 and page.count("ppo_baseline<br>") == 6 and page.count("grpo_baseline<br>") == 4
     assert "title='values" in page and ("observed 1.00, true 0.00" in page or "observed 0.00, true 1.00" in page)

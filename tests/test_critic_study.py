@@ -1,0 +1,115 @@
+"""The offline study of critics: its fits are the scripts' own updates, its measures mean what they say."""
+
+import sys
+from collections import Counter
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.conftest import ROOT, SCRIPTS
+from utils.keyed import seed_torch
+from utils.models import load_policy
+from utils.tasks import load_task
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import critic_study as study  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "grpo_baseline"])
+def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main, small_flags):
+    """Two updates of the critic alone: the study's critic has the checkpoint's weights."""
+    flags = small_flags | {"critic_warmup": 2, "noise_rate": 0.5, "truncated": "grade", "max_new_tokens": 12}
+    folder = run_main(name, **flags)
+    saved = torch.load(folder / "checkpoints" / "000002" / "state.pt", weights_only=True)["critic"]
+    module = sys.modules[name]
+    args = module.Args(**flags)
+    policy, chat = load_policy(args.model, CPU)
+    task = load_task(args, chat)
+    seed_torch(args.seed, "critic")
+    critic = module.Critic(policy, args)
+    optimizer = module.make_optimizer(policy, critic, args)
+    for update in (1, 2):
+        problems = [p for p in task.batch(args.seed, update, 4) for _ in range(2)]
+        seed_torch(args.seed, "rollout", update)
+        episodes = module.rollout(policy, chat, task, problems, args, 1.0)
+        batch = module.pack(episodes, chat.pad_id, CPU)
+        clean = [task.grade(e.problem, e.completions) for e in episodes]
+        lengths = [sum(e.chosen) for e in episodes]
+        observed = torch.tensor(module.observe(args, clean, [p.key for p in problems], lengths, update))
+        if update == 1:
+            torch.nn.init.constant_(critic.head.bias, observed.mean().item())
+        rewards = module.place_rewards(observed.unsqueeze(1), batch["mask"])
+        study.train_update(module, policy, critic, optimizer, batch, rewards, args, update)
+    own = critic.state_dict()
+    assert saved.keys() <= own.keys() and any(key.startswith("backbone.") for key in saved)
+    for key, weight in saved.items():
+        assert torch.equal(weight, own[key]), key
+
+
+class Told:
+    """A script whose critic says what it is told: values (B, T) of all episodes."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def score_tokens(self, policy, reference, critic, batch, args):
+        return {"values": self.values[batch["rows"][:, 0]]}
+
+
+def measured(values, clean, observed, fresh, fitted):
+    rows = torch.arange(len(clean)).unsqueeze(1).expand_as(values)
+    batch = {"mask": torch.ones(values.shape, dtype=torch.bool), "rows": rows}
+    return study.measure(Told(values), None, None, batch, clean, observed, fresh, fitted, study.ppo.Args())
+
+
+def test_measures():
+    torch.manual_seed(0)
+    clean = torch.randint(2, (400,)).float()
+    flips = torch.rand(400) < 0.25
+    observed = torch.where(flips, 1 - clean, clean)
+    fresh, fitted = torch.arange(200), torch.arange(200, 400)
+    grid = torch.ones(1, 3)
+    perfect = measured(clean.unsqueeze(1) * grid, clean, observed, fresh, fitted)
+    assert perfect["explained_variance"] == perfect["auc"] == 1 and perfect["r_squared"] == pytest.approx(1)
+    assert perfect["rmse_flipped"] == perfect["rmse_unflipped"] == 0
+    # the best that a critic fitted to noise can be: calibrated to what is observed, and so shrunk
+    one, zero = observed[clean == 1].mean(), observed[clean == 0].mean()
+    best = measured(torch.where(clean == 1, one, zero).unsqueeze(1) * grid, clean, observed, fresh, fitted)
+    assert best["r_squared"] == pytest.approx(1) and best["auc"] == 1
+    assert best["explained_variance"] == pytest.approx(1 - (1 - (one - zero).item()) ** 2, abs=1e-3)
+    assert best["calibration_error"] < 1e-6 < perfect["calibration_error"]
+    # one that has learnt the flips by heart
+    parrot = measured(observed.unsqueeze(1) * grid, clean, observed, fresh, fitted)
+    assert parrot["noise_fitted"] - perfect["noise_fitted"] == pytest.approx(1, abs=1e-5)
+    assert parrot["rmse_flipped"] == 1 and parrot["rmse_unflipped"] == 0
+    constant = measured(torch.full((400, 3), 0.4), clean, observed, fresh, fitted)
+    assert constant["auc"] == 0.5 and constant["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert constant["r_squared"] < 1e-6
+
+
+def test_every_critic_is_tuned_with_the_same_effort():
+    jobs = study.fits((1, 2))
+    assert len(set(jobs)) == len(jobs)
+    counts = Counter(job.critic for job in jobs if job.part == "tuning")
+    assert set(counts) == set(study.CRITICS) and len(set(counts.values())) == 1
+    assert not {job.seed for job in jobs if job.part == "tuning"} & {job.seed for job in jobs if job.part != "tuning"}
+    for job in jobs:  # every flag is one of the script's
+        module, flags = study.CRITICS[job.critic]
+        module.Args(**{**flags, **dict(job.flags)})
+
+
+def test_report_is_made_from_the_rows_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    numbers = {key: 0.5 for key in study.MEASURES}
+    rows = []
+    for job in study.fits((1, 2)):
+        base = {k: v for k, v in vars(job).items() if k != "flags"}
+        for n in {512, job.rollouts}:
+            rows.append({**base, "rollouts": n, "passes": 1, **numbers, "explained_variance": 0.1 * job.seed})
+    study.report(pd.DataFrame(rows))
+    text = (tmp_path / "critic_study.md").read_text()
+    assert "| plain | 0.15 (0.10 to 0.20)" in text and "| VRPO | 0.00 |" in text
+    assert (tmp_path / "critic_study.png").stat().st_size > 10000
