@@ -7,9 +7,8 @@ Differs from ppo_baseline.py in:
     of the upper tail; a punishment of pessimism; a lower tail that may only contract and an upper one that may only expand;
     their curvature. `--lambda-...` flags set to 0 from the right end of that list are the paper's ablation.
 
-Ours where the paper is silent (the README has the list): the losses themselves, in units of the returns' standard deviation; the
-critic's targets have lambda 0.95, for with 1 every target quantile is the one observed return, and the tails have nothing to
-be calibrated on.
+Ours where the paper is silent (the README has the list): the losses themselves, in units of the returns' standard deviation;
+tails by level, which is their order only once training has sorted the quantiles.
 
     python dvpo_math.py                                      # embedded model and data, 20 % of the rewards flipped
     python dvpo_math.py --lambda-shape 0 --lambda-curvature 0 --lambda-shift 0       # up to tail calibration
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
+from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -306,11 +305,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
 
 
-def noise_absorbed(advantages: Tensor, errors: Tensor, mask: Tensor) -> float:
-    """1 - cov(A, e) / var(e) over the masked tokens, e (B, 1) being the reward error of the episode: the share of the error
-    that does not reach the advantages. NaN where no reward is wrong."""
-    a, e = advantages[mask], errors.expand_as(advantages)[mask]
-    return (1 - ((a - a.mean()) * (e - e.mean())).mean() / e.var(correction=0)).item()
+def noise_absorbed(advantages: Tensor, observed: Tensor, clean: Tensor, mask: Tensor) -> float:
+    """1 - cov(A, e) / var(e) over the masked tokens, e = observed - clean reward (B, 1): the share of the error that does not reach
+    the advantages; right and wrong answers apart, as errors go with the outcome. NaN where no reward is wrong."""
+    a, e, right = (x.expand_as(advantages)[mask] for x in (advantages, observed - clean, clean > 0.5))
+    for group in (right, ~right):
+        a[group], e[group] = a[group] - a[group].mean(), e[group] - e[group].mean()
+    return (1 - (a * e).sum() / (e * e).sum()).item()
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -348,7 +349,7 @@ class Critic(nn.Module):
     def __init__(self, policy, args: Args):
         super().__init__()
         self.backbone = twin(policy.get_decoder()) if args.critic_backbone == "separate" else None
-        self.grid = (args.quantile_heads, args.quantiles)  # DVPO
+        self.heads = (args.quantile_heads, args.quantiles)  # DVPO
         self.head = nn.Linear(policy.lm_head.in_features, args.quantile_heads * args.quantiles)
         # DVPO: heads that start alike would stay alike
         nn.init.normal_(self.head.weight, std=0.1 * policy.lm_head.in_features**-0.5)
@@ -361,7 +362,7 @@ class Critic(nn.Module):
     def quantiles(self, features: Tensor) -> Tensor:
         """DVPO: theta (N, H, M) of N states, in float32 whatever the precision of the backbone; V is the mean over H and M."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float()).unflatten(-1, self.grid)
+            return self.head(features.float()).unflatten(-1, self.heads)
 
 
 def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
@@ -592,8 +593,8 @@ def curvature_loss(theta: Tensor, share: float) -> Tensor:
 def critic_loss(critic, features: Tensor, part: dict, unit: Tensor, update: int, args: Args) -> tuple[Tensor, dict]:
     """The critic's loss on a micro-batch and its terms, from features (N, D); `unit` is the variance of the returns, so that a
     constant critic has 1. DVPO: quantile regression and six companions; the squared error is only there to be compared."""
-    quantiles, target = critic.quantiles(features), part["target_quantiles"][part["mask"]].unsqueeze(1)
-    theta, target = quantiles / unit.sqrt(), target / unit.sqrt()  # (N, H, M) and (N, 1, M)
+    theta = critic.quantiles(features) / unit.sqrt()  # (N, H, M)
+    target = part["target_quantiles"][part["mask"]].unsqueeze(1) / unit.sqrt()  # (N, 1, M)
     terms = {
         "dvpo/quantile": (1.0, quantile_loss(theta, target, args.huber_kappa)),
         "dvpo/consistency": (args.lambda_consistency, consistency_loss(theta)),
@@ -643,7 +644,7 @@ def main(args: Args) -> None:
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
         restore_policy(policy, folder, state)
-        critic.load_state_dict(state["critic"], strict=False)
+        restore_critic(critic, state)
     optimizer = make_optimizer(policy, critic, args)
     rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
@@ -666,9 +667,8 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
-        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = fraction * rate
+            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
         for parameter in optimizer.param_groups[0]["params"]:  # the policy's: until then the critic trains alone
             parameter.requires_grad_(update > args.critic_warmup)
 
@@ -763,9 +763,9 @@ def main(args: Args) -> None:
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
-        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        zeros, observed, clean = torch.zeros_like(rewards), observed.unsqueeze(1), clean.unsqueeze(1)  # (B, T), (B, 1)
         observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
+        clean_returns = gae(rewards - place_rewards(observed - clean, mask), zeros, mask, args.gamma, 1.0)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -790,7 +790,7 @@ def main(args: Args) -> None:
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
-            "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
+            "critic/noise_absorbed": noise_absorbed(advantages, observed, clean, mask),
             # DVPO: what the ensemble predicts
             "dvpo/crossing_rate": (batch["quantiles"][mask].diff() < 0).float().mean().item(),
             "dvpo/spread": batch["quantiles"][mask].std(-1).mean().item(),

@@ -517,9 +517,8 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
-        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = fraction * rate
+            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
         problems = task.batch(args.seed, update, args.prompts_per_update)
@@ -589,7 +588,7 @@ def main(args: Args) -> None:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
                     targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                logprobs, entropy = (spread(x, chosen) for x in (logprobs, entropy))  # GRPO: no values
+                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)  # GRPO: no values
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range

@@ -9,8 +9,8 @@ Differs from ppo_baseline.py in, by `--worst-case`:
  3. conservative: alpha (log sum exp V - mean V) over the tokens of an episode is added to the critic's loss, which presses
     down the values that stand out from the episode.
 
-Ours: everything but the three ideas (the README has the list). The critic's targets have lambda 0.95, for with 1 they are the
-observed returns and no worst case would ever enter them.
+Ours: everything but the three ideas (the README has the list). With --critic-lambda 1 the targets of ensemble-min are the
+observed returns, into which no worst case enters.
 
     python robust_ppo_baseline.py                            # embedded model and data, 20 % of the rewards flipped
     python robust_ppo_baseline.py --worst-case contamination --contamination 0.1
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
+from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -297,11 +297,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
 
 
-def noise_absorbed(advantages: Tensor, errors: Tensor, mask: Tensor) -> float:
-    """1 - cov(A, e) / var(e) over the masked tokens, e (B, 1) being the reward error of the episode: the share of the error
-    that does not reach the advantages. NaN where no reward is wrong."""
-    a, e = advantages[mask], errors.expand_as(advantages)[mask]
-    return (1 - ((a - a.mean()) * (e - e.mean())).mean() / e.var(correction=0)).item()
+def noise_absorbed(advantages: Tensor, observed: Tensor, clean: Tensor, mask: Tensor) -> float:
+    """1 - cov(A, e) / var(e) over the masked tokens, e = observed - clean reward (B, 1): the share of the error that does not reach
+    the advantages; right and wrong answers apart, as errors go with the outcome. NaN where no reward is wrong."""
+    a, e, right = (x.expand_as(advantages)[mask] for x in (advantages, observed - clean, clean > 0.5))
+    for group in (right, ~right):
+        a[group], e[group] = a[group] - a[group].mean(), e[group] - e[group].mean()
+    return (1 - (a * e).sum() / (e * e).sum()).item()
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -437,7 +439,7 @@ def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dic
 def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
     """What is fixed before the update, each (B, T): `values`, and `ref_logprobs`, NaN where the reference is None. Rows of similar
     length go through the models together.
-    robust: `values` are the lowest of the heads, `doubt` is how far their mean lies above."""
+    robust: also `heads` (B, T, K), the lowest of which the values are."""
     parts = {} if reference is not None else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
@@ -447,8 +449,8 @@ def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> 
             hidden = hidden_states(reference.get_decoder(), inputs, mask)
             scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
         hidden = hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None
-        heads = critic.values(critic.features(inputs, mask, hidden))  # robust: (N, K)
-        scores["values"], scores["doubt"] = heads.amin(-1), heads.mean(-1) - heads.amin(-1)
+        scores["heads"] = critic.values(critic.features(inputs, mask, hidden))  # robust: (N, K)
+        scores["values"] = scores["heads"].amin(-1)
         for key, value in scores.items():
             grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
             grid[rows, : mask.shape[1]] = spread(value, mask)
@@ -466,13 +468,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
 
     t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and V after the last is 0.
     The loop over columns costs a thousandth of an update.
-    robust: V_{t+1} is backed up as (1 - rho) V_{t+1} + rho min V, the least over the batch's tokens."""
-    backups = torch.lerp(values, values[mask].amin(), rho)  # robust
+    robust: with probability rho the next state is the worst of the batch, its value is backed up and the path ends there."""
+    backups = torch.lerp(values, values[mask].amin(), rho)  # robust: (1 - rho) V + rho min V
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
+        advantage = delta + gamma * (1 - rho) * lam * next_advantage  # robust
         next_value = torch.where(mask[:, t], backups[:, t], next_value)  # robust
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
@@ -528,7 +530,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
 # robust: after the idea of CQL
 def conservative_gap(values: Tensor, mask: Tensor) -> Tensor:
     """log sum exp V - mean V over the masked tokens of each episode, (B, 1), of values (B, T); 0 where there are none. The
-    gradient is softmax(V) - 1 / n: it lowers the values that stand out and lifts the rest."""
+    gradient is softmax(V) - 1 / n: it lowers the values that stand out and lifts the rest. Every token counts its episode's."""
     count = mask.sum(1, keepdim=True)
     highest = values.masked_fill(~mask, -1e9).logsumexp(1, keepdim=True)
     return torch.where(
@@ -540,7 +542,8 @@ def critic_loss(critic, features: Tensor, part: dict, unit: Tensor, update: int,
     """The critic's loss on a micro-batch and its terms, from features (N, D); `unit` is the variance of the returns, so that a
     constant critic has 1."""
     heads = spread(critic.values(features), part["mask"]).unbind(-1)
-    fits = [value_loss(v, part["values"], part["returns"], part["weights"], args.value_clip) for v in heads]
+    pairs = zip(heads, part["heads"].unbind(-1), strict=True)
+    fits = [value_loss(v, old, part["returns"], part["weights"], args.value_clip) for v, old in pairs]
     loss = sum(fits) / len(fits) / unit  # robust: the mean over heads
     losses = {"losses/value": loss}
     if args.worst_case == "conservative":  # robust: in units of the returns' standard deviation
@@ -585,7 +588,7 @@ def main(args: Args) -> None:
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
         restore_policy(policy, folder, state)
-        critic.load_state_dict(state["critic"], strict=False)
+        restore_critic(critic, state)
     optimizer = make_optimizer(policy, critic, args)
     rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
@@ -608,9 +611,8 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
-        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = fraction * rate
+            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
         for parameter in optimizer.param_groups[0]["params"]:  # the policy's: until then the critic trains alone
             parameter.requires_grad_(update > args.critic_warmup)
 
@@ -705,9 +707,9 @@ def main(args: Args) -> None:
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
-        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        zeros, observed, clean = torch.zeros_like(rewards), observed.unsqueeze(1), clean.unsqueeze(1)  # (B, T), (B, 1)
         observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
+        clean_returns = gae(rewards - place_rewards(observed - clean, mask), zeros, mask, args.gamma, 1.0)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -732,8 +734,8 @@ def main(args: Args) -> None:
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
-            "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
-            "robust/doubt": batch["doubt"][mask].mean().item(),  # robust
+            "critic/noise_absorbed": noise_absorbed(advantages, observed, clean, mask),
+            "robust/doubt": (batch["heads"].mean(-1) - batch["values"])[mask].mean().item(),  # robust
         }
 
         # --- 9.6 evaluate and checkpoint ---

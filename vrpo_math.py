@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.checkpoints import load_checkpoint, restore_policy, save_checkpoint
+from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -309,11 +309,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
 
 
-def noise_absorbed(advantages: Tensor, errors: Tensor, mask: Tensor) -> float:
-    """1 - cov(A, e) / var(e) over the masked tokens, e (B, 1) being the reward error of the episode: the share of the error
-    that does not reach the advantages. NaN where no reward is wrong."""
-    a, e = advantages[mask], errors.expand_as(advantages)[mask]
-    return (1 - ((a - a.mean()) * (e - e.mean())).mean() / e.var(correction=0)).item()
+def noise_absorbed(advantages: Tensor, observed: Tensor, clean: Tensor, mask: Tensor) -> float:
+    """1 - cov(A, e) / var(e) over the masked tokens, e = observed - clean reward (B, 1): the share of the error that does not reach
+    the advantages; right and wrong answers apart, as errors go with the outcome. NaN where no reward is wrong."""
+    a, e, right = (x.expand_as(advantages)[mask] for x in (advantages, observed - clean, clean > 0.5))
+    for group in (right, ~right):
+        a[group], e[group] = a[group] - a[group].mean(), e[group] - e[group].mean()
+    return (1 - (a * e).sum() / (e * e).sum()).item()
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -637,7 +639,7 @@ def main(args: Args) -> None:
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
         restore_policy(policy, folder, state)
-        critic.load_state_dict(state["critic"], strict=False)
+        restore_critic(critic, state)
     optimizer = make_optimizer(policy, critic, args)
     rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
     if start:
@@ -660,9 +662,8 @@ def main(args: Args) -> None:
         began = time.perf_counter()
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
-        fraction = 1.0 if args.lr_schedule == "constant" else 1.0 - (update - 1) / args.updates
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = fraction * rate
+            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
         for parameter in optimizer.param_groups[0]["params"]:  # the policy's: until then the critic trains alone
             parameter.requires_grad_(update > args.critic_warmup)
 
@@ -760,9 +761,9 @@ def main(args: Args) -> None:
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
-        errors, zeros = (observed - clean).unsqueeze(1), torch.zeros_like(rewards)
+        zeros, observed, clean = torch.zeros_like(rewards), observed.unsqueeze(1), clean.unsqueeze(1)  # (B, T), (B, 1)
         observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(errors, mask), zeros, mask, args.gamma, 1.0)
+        clean_returns = gae(rewards - place_rewards(observed - clean, mask), zeros, mask, args.gamma, 1.0)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -787,7 +788,7 @@ def main(args: Args) -> None:
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
-            "critic/noise_absorbed": noise_absorbed(advantages, errors, mask),
+            "critic/noise_absorbed": noise_absorbed(advantages, observed, clean, mask),
             "vrpo/active_tokens": (batch["entropy_active"] | batch["perplexity_active"])[mask]
             .float()
             .mean()

@@ -7,11 +7,13 @@
 
 A fit is what main() of the script does with its critic when the policy stands still, by the script's own functions: 256 rollouts
 an update, values and targets of the update, two epochs in minibatches of 64. Measures are taken on fresh rollouts of other
-prompts. The parts: `tuning` (the same number of settings for every critic, separate seeds), `noise` (rates 0 to 0.4), `vrpo`
+prompts. The parts: `tuning` (the same number of settings for every critic, seeds of its own), `noise` (rates 0 to 0.4), `vrpo`
 (what each part of VRPO contributes), `passes` (further passes over the same rollouts). Writes benchmark/results/critic_study.csv;
-a fit whose rows are there is skipped.
+a fit whose rows are there, made with the same flags, is skipped. The report takes the rows of the present flags alone.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 import sys
@@ -19,10 +21,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
 import tyro
+from rich.console import Console
 from rich.progress import Progress
 from scipy import stats
 
@@ -35,6 +39,7 @@ import vrpo_math as vrpo  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.keyed import permutation, seed_torch  # noqa: E402
 from utils.models import load_policy, pick_device  # noqa: E402
+from utils.run import write_atomically  # noqa: E402
 from utils.tasks import load_task  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -56,18 +61,18 @@ CRITICS = {
     "contamination": (robust, {"worst_case": "contamination"}),
     "conservative": (robust, {"worst_case": "conservative"}),
 }
-# Four settings for each: the defaults that the search began with, a higher learning rate, two of its own.
+# Five settings for each: the defaults that the search began with, a higher learning rate, another lambda, two of its own.
 LAMBDA = {"lambda_ent": 0.01, "lambda_ppl": 0.01}
 SEARCH = {
-    "plain": [{"critic_lambda": 0.95}, {"value_clip": 0.2}],
-    "bottleneck": [{"beta": 0.003}, {"loss_samples": 8}],
-    "semantic": [LAMBDA, {"lambda_ent": 0.0}],
-    "VRPO": [LAMBDA, {**LAMBDA, "loss_samples": 8}],
-    "quantile": [{"critic_lambda": 1.0}, {"huber_kappa": 0.3}],
-    "DVPO": [{"critic_lambda": 1.0}, {"lambda_shift": 0.0}],
-    "ensemble-min": [{"critic_lambda": 1.0}, {"value_heads": 8}],
-    "contamination": [{"critic_lambda": 1.0}, {"contamination": 0.01}],
-    "conservative": [{"critic_lambda": 1.0}, {"conservative_coef": 0.01}],
+    "plain": [{"critic_lambda": 0.95}, {"value_clip": 0.2}, {"head_learning_rate": 3e-3}],
+    "bottleneck": [{"critic_lambda": 0.95}, {"beta": 0.003}, {"loss_samples": 8}],
+    "semantic": [{"critic_lambda": 0.95}, LAMBDA, {"lambda_ent": 0.0}],
+    "VRPO": [{"critic_lambda": 0.95}, LAMBDA, {**LAMBDA, "loss_samples": 8}],
+    "quantile": [{"critic_lambda": 1.0}, {"huber_kappa": 0.3}, {"quantiles": 50}],
+    "DVPO": [{"critic_lambda": 1.0}, {"huber_kappa": 0.3}, {"lambda_shift": 0.0}],
+    "ensemble-min": [{"critic_lambda": 1.0}, {"value_heads": 8}, {"head_learning_rate": 3e-3}],
+    "contamination": [{"critic_lambda": 1.0}, {"contamination": 0.01}, {"contamination": 0.2}],
+    "conservative": [{"critic_lambda": 1.0}, {"conservative_coef": 0.01}, {"conservative_coef": 1.0}],
 }
 VRPO_PARTS = {
     "no semantic losses": NO_WORDS,
@@ -127,6 +132,19 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
     return jobs
 
 
+def resolved(job: Fit, channel: str):
+    """The script's module and its Args for a fit."""
+    module, flags = CRITICS[job.critic]
+    return module, module.Args(noise=channel, noise_rate=job.noise, seed=job.seed, **{**flags, **dict(job.flags)})
+
+
+def digest(job: Fit, channel: str, model: str, dataset: str) -> str:
+    """Of everything that a fit depends on but the code."""
+    flags = {key: str(value) for key, value in vars(resolved(job, channel)[1]).items()}
+    words = json.dumps([flags, job.rollouts, job.passes, model, dataset], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:10]
+
+
 def text(flags: dict) -> str:
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "defaults"
 
@@ -136,7 +154,8 @@ def rollouts(model: str, dataset: str, seed: int, count: int):
     """The policy, and `count` + FRESH episodes of it, four to a prompt: batch, clean rewards, prompt keys. Kept on disk."""
     pick_device("cpu")
     policy, chat = load_policy(model, CPU)
-    file = CACHE / f"{Path(model).name}_{seed}_{count}.pt"
+    name = hashlib.sha256(f"{Path(model).resolve()} {dataset}".encode()).hexdigest()[:6]
+    file = CACHE / f"{Path(model).name}_{name}_{seed}_{count}.pt"
     if not file.exists():
         args = ppo.Args(model=model, dataset=dataset)
         task, episodes = load_task(args, chat), []
@@ -161,11 +180,10 @@ def observed_rewards(args, clean: torch.Tensor, keys: list[str], mask: torch.Ten
     return torch.tensor(seen)
 
 
-def fit(job: Fit, channel: str, model: str, dataset: str, keep: bool = False):
-    """Rows of measures after 512, 1280 and 2560 rollouts and after every further pass (or, with `keep`, the critic)."""
+def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[dict]]:
+    """The fitted critic, and rows of measures after 512, 1280 and 2560 rollouts and after every further pass."""
     torch.set_num_threads(1)
-    module, flags = CRITICS[job.critic]
-    args = module.Args(noise=channel, noise_rate=job.noise, seed=job.seed, **{**flags, **dict(job.flags)})
+    module, args = resolved(job, channel)
     policy, _, batch, clean, keys = rollouts(model, dataset, job.seed, max(2560, job.rollouts))
     observed = observed_rewards(args, clean, keys, batch["mask"])
     rewards = ppo.place_rewards(observed.unsqueeze(1), batch["mask"])
@@ -174,6 +192,8 @@ def fit(job: Fit, channel: str, model: str, dataset: str, keep: bool = False):
     critic = module.Critic(policy, args)
     torch.nn.init.constant_(critic.head.bias, observed[:UPDATE].mean().item())
     optimizer = module.make_optimizer(policy, critic, args)
+    names = {key: getattr(job, key) for key in ("part", "critic", "setting", "noise", "seed")}
+    names["digest"] = digest(job, channel, model, dataset)
     rows, update = [], 0
     for once in range(job.passes):
         for start in range(0, job.rollouts, UPDATE):
@@ -183,11 +203,14 @@ def fit(job: Fit, channel: str, model: str, dataset: str, keep: bool = False):
             train_update(module, policy, critic, optimizer, part, rewards[chunk, : part["mask"].shape[1]], args, update)
             seen = start + UPDATE
             if seen == job.rollouts or (once == 0 and seen in (512, 1280)):
-                taken = {"rollouts": seen, "passes": once + 1}
                 fitted = torch.arange(max(0, seen - FRESH), seen)
                 measures = measure(module, policy, critic, batch, clean, observed, fresh, fitted, args)
-                rows.append({**vars(job), **taken, **measures})
-    return critic if keep else [{k: v for k, v in row.items() if k != "flags"} for row in rows]
+                rows.append({**names, "rollouts": seen, "passes": once + 1, **measures})
+    return critic, rows
+
+
+def fit_rows(*arguments) -> list[dict]:
+    return fit(*arguments)[1]
 
 
 def train_update(module, policy, critic, optimizer, batch: dict, rewards: torch.Tensor, args, update: int) -> None:
@@ -215,10 +238,11 @@ def train_update(module, policy, critic, optimizer, batch: dict, rewards: torch.
 
 
 def measure(module, policy, critic, batch: dict, clean, observed, fresh, fitted, args) -> dict[str, float]:
-    """On fresh episodes, over tokens: explained variance against clean returns; R^2 of the best line from value to clean return, which
-    forgives the shrinking that a symmetric channel asks for; AUC of the last token's value for right against wrong; calibration,
-    the mean distance in ten equal bins of the values from what the channel makes of the clean rewards on average. On the last
-    fitted episodes: the share of their reward errors that the values reproduce, and errors where the reward was flipped or not."""
+    """On fresh episodes, over tokens: explained variance against clean returns (samples of the clean expected ones, so that even those
+    would not reach 1); R^2 of the best line from value to clean return, which forgives the shrinking that a symmetric channel asks
+    for; AUC of the last token's value for right against wrong; calibration, the mean distance in ten equal bins of the values
+    from what the channel makes of the clean rewards on average. On the last fitted episodes: the share of their reward
+    errors that the values reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
     seed_torch(args.seed, "measure")
     part = ppo.take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
@@ -236,11 +260,11 @@ def measure(module, policy, critic, batch: dict, clean, observed, fresh, fitted,
         "calibration_error": torch.stack(bins).mean().item(),
     }
     part = ppo.take(batch, fitted)
-    mask, wrong = part["mask"], (observed - clean)[fitted].unsqueeze(1).expand_as(part["mask"])
+    mask, seen, right = part["mask"], observed[fitted].unsqueeze(1), clean[fitted].unsqueeze(1)
     values = module.score_tokens(policy, None, critic, part, args)["values"]
-    errors = (values - clean[fitted].unsqueeze(1)) ** 2
-    flipped = mask & (wrong.abs() > 0.5)
-    result["noise_fitted"] = 1 - ppo.noise_absorbed(values, (observed - clean)[fitted].unsqueeze(1), mask)
+    errors = (values - right) ** 2
+    flipped = mask & ((seen - right).abs() > 0.5)
+    result["noise_fitted"] = 1 - ppo.noise_absorbed(values, seen, right, mask)
     result["rmse_flipped"] = errors[flipped].mean().sqrt().item()
     result["rmse_unflipped"] = errors[mask & ~flipped].mean().sqrt().item()
     return result
@@ -248,15 +272,11 @@ def measure(module, policy, critic, batch: dict, clean, observed, fresh, fitted,
 
 def write_tokens(args: "Args") -> None:
     """The same fresh answers with the values of every critic, in the form of a run's transcripts.jsonl."""
-    import json
-
-    for name, (module, flags) in CRITICS.items():
-        if name not in args.critics:
-            continue
+    for name in args.critics:
         job = Fit("tokens", name, "", args.tokens_noise, args.seeds[0])
-        critic = fit(job, args.channel, args.model, args.dataset, keep=True)
+        critic, _ = fit(job, args.channel, args.model, args.dataset)
         policy, chat, batch, clean, keys = rollouts(args.model, args.dataset, job.seed, job.rollouts)
-        script = module.Args(noise=args.channel, noise_rate=job.noise, seed=job.seed, **flags)
+        module, script = resolved(job, args.channel)
         observed = observed_rewards(script, clean, keys, batch["mask"])
         rows = torch.arange(len(clean) - FRESH, len(clean), 4)
         part = ppo.take(batch, rows)
@@ -291,12 +311,11 @@ MEASURES = {
 
 
 def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean over seeds and its bootstrap 95 % interval."""
+    """Mean over seeds and its 95 % interval by Student's t."""
     x = values.dropna().to_numpy()
     if len(x) < 2 or x.std() == 0:
         return (x.mean() if len(x) else float("nan"),) * 3
-    found = stats.bootstrap((x,), lambda a, axis: a.mean(axis), n_resamples=2000, rng=0, method="percentile")
-    return x.mean(), *found.confidence_interval
+    return x.mean(), *stats.t.interval(0.95, len(x) - 1, x.mean(), stats.sem(x))
 
 
 def cell(values: pd.Series) -> str:
@@ -309,107 +328,102 @@ def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
     return f"{title}\n\n" + "\n".join(lines) + "\n"
 
 
-def report(frame: pd.DataFrame) -> None:
-    """benchmark/results/critic_study.md and .png, from the rows alone."""
+def report(frame: pd.DataFrame, out: Path) -> None:
+    """Tables (.md) and figure (.png) beside the CSV, from its rows alone."""
     sections = []
-    noise = frame[frame["part"] == "noise"]
-    final = noise[noise["rollouts"] == noise["rollouts"].max()]
-    critics = [name for name in CRITICS if name in set(final["critic"])]
-    rates = sorted(final["noise"].unique())
-    for key in ("explained_variance", "auc"):
+
+    def table(title: str, data: pd.DataFrame, index: str | list[str], columns: str, key: str) -> None:
+        """Mean and interval of `key` over seeds, a row for each `index`, a column for each value of `columns`."""
+        index = [index] if isinstance(index, str) else index
+        heads = sorted(data[columns].unique())
         rows = [
-            [c, *(cell(final[(final["critic"] == c) & (final["noise"] == p)][key]) for p in rates)] for c in critics
+            [*(name if isinstance(name, tuple) else (name,)), *(cell(group[group[columns] == x][key]) for x in heads)]
+            for name, group in data.groupby(index, sort=False)
         ]
-        sections.append(markdown(f"{MEASURES[key]}, by noise rate", ["critic", *(f"{p:g}" for p in rates)], rows))
-    paired = final.pivot_table(index=["noise", "seed"], columns="critic", values="explained_variance")
-    rows = [
-        [c, *(cell((paired[c] - paired["plain"])[paired.index.get_level_values("noise") == p]) for p in rates)]
-        for c in critics
-        if c != "plain"
-    ]
-    header = ["critic", *(f"{p:g}" for p in rates)]
-    sections.append(markdown("Explained variance minus the plain critic's, paired by seed", header, rows))
-    some = final[final["noise"] == 0.3]
-    rows = [[c, *(cell(some[some["critic"] == c][key]) for key in MEASURES)] for c in critics]
-    sections.append(markdown("All measures at noise 0.3", ["critic", *MEASURES.values()], rows))
-    early = noise[noise["noise"] == 0.3]
-    counts = sorted(early["rollouts"].unique())
-    rows = [
-        [c, *(cell(early[(early["critic"] == c) & (early["rollouts"] == n)]["explained_variance"]) for n in counts)]
-        for c in critics
-    ]
-    header = ["critic", *(str(n) for n in counts)]
-    sections.append(markdown("Explained variance at noise 0.3, by number of rollouts", header, rows))
+        seeds = sorted(data["seed"].unique())
+        title += f" (seeds {', '.join(map(str, seeds))})"
+        sections.append(markdown(title, [*index, *(f"{x:g}" for x in heads)], rows))
+
+    frame = frame.assign(critic=pd.Categorical(frame["critic"], list(CRITICS))).sort_values("critic", kind="stable")
+    frame["critic"] = frame["critic"].astype(str)
+    noise = frame[frame["part"] == "noise"]
+    final = noise[noise["rollouts"] == 2560]
+    if len(final):
+        for key in ("explained_variance", "r_squared", "auc", "calibration_error", "noise_fitted"):
+            table(f"{MEASURES[key]}, by noise rate, after 2,560 rollouts", final, "critic", "noise", key)
+        plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])
+        for key in ("explained_variance", "r_squared", "auc"):
+            paired = final[final["critic"] != "plain"].copy()
+            base = plain[key].reindex(pd.MultiIndex.from_frame(paired[["noise", "seed"]])).to_numpy()
+            paired[key] = paired[key] - base
+            table(f"{MEASURES[key]}: difference from the plain critic, paired by seed", paired, "critic", "noise", key)
+        for rate in sorted(noise["noise"].unique()):
+            some = noise[noise["noise"] == rate]
+            table(
+                f"{MEASURES['r_squared']} by number of rollouts, noise {rate:g}",
+                some,
+                "critic",
+                "rollouts",
+                "r_squared",
+            )
     for part, title in (("vrpo", "What each part of VRPO contributes, noise 0.3"), ("tuning", "Tuning, noise 0.2")):
         some = frame[(frame["part"] == part) & (frame["rollouts"] == 2560)]
+        keys = ("explained_variance", "r_squared", "auc", "noise_fitted")
         rows = [
-            [*name, *(cell(group[key]) for key in ("explained_variance", "r_squared", "auc", "noise_fitted"))]
+            [*name, *(cell(group[key]) for key in keys)]
             for name, group in some.groupby(["critic", "setting"], sort=False)
         ]
-        header = [
-            "critic",
-            "setting",
-            *(MEASURES[key] for key in ("explained_variance", "r_squared", "auc", "noise_fitted")),
-        ]
-        if rows:
-            sections.append(markdown(title, header, rows))
-    some = frame[frame["part"] == "passes"]
-    some = some[some["rollouts"] == some["rollouts"].max()]
-    passes = sorted(some["passes"].unique())
-    for key in ("explained_variance", "noise_fitted"):
-        rows = [
-            [c, *(cell(some[(some["critic"] == c) & (some["passes"] == p)][key]) for p in passes)]
-            for c in CRITICS
-            if c in set(some["critic"])
-        ]
-        if rows:
-            title = f"{MEASURES[key]} by passes over the same 1,280 rollouts, noise 0.3"
-            sections.append(markdown(title, ["critic", *(str(p) for p in passes)], rows))
-    (RESULTS / "critic_study.md").write_text("\n".join(sections))
-    draw(noise, frame[(frame["part"] == "vrpo") & (frame["rollouts"] == 2560)], critics)
+        header = ["critic", "setting", *(MEASURES[key] for key in keys)]
+        sections += [markdown(title, header, rows)] if rows else []
+    some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
+    for key in ("r_squared", "noise_fitted") if len(some) else ():
+        table(f"{MEASURES[key]} by passes over the same 1,280 rollouts, noise 0.3", some, "critic", "passes", key)
+    out.with_suffix(".md").write_text("\n".join(sections))
+    draw(noise, frame[(frame["part"] == "vrpo") & (frame["rollouts"] == 2560)], out.with_suffix(".png"))
     print("\n".join(sections))
 
 
-def draw(noise: pd.DataFrame, parts: pd.DataFrame, critics: list[str]) -> None:
+def draw(noise: pd.DataFrame, parts: pd.DataFrame, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
-    final = noise[noise["rollouts"] == noise["rollouts"].max()]
-    early = noise[noise["noise"] == 0.3]
+    final, early = noise[noise["rollouts"] == 2560], noise[noise["noise"] == 0.2]
     panels = [
-        (axes[0], final, "noise", "explained_variance", "rate of flipped rewards", "explained variance, clean returns"),
-        (axes[1], final, "noise", "auc", "rate of flipped rewards", "AUC of the last token's value"),
-        (axes[2], early, "rollouts", "explained_variance", "rollouts (noise 0.3)", "explained variance, clean returns"),
+        (final, "noise", "explained_variance", "rate of flipped rewards", "explained variance, clean returns"),
+        (final, "noise", "r_squared", "rate of flipped rewards", "R², clean returns"),
+        (early, "rollouts", "r_squared", "rollouts (noise 0.2)", "R², clean returns"),
     ]
-    for axis, data, x, y, xlabel, title in panels:
-        for i, name in enumerate(critics):
+    for axis, (data, x, y, xlabel, title) in zip(axes, panels, strict=False):
+        for i, name in enumerate(CRITICS):
             group = data[data["critic"] == name]
             xs = sorted(group[x].unique())
-            mean, low, high = zip(*(interval(group[group[x] == value][y]) for value in xs), strict=True)
-            axis.plot(xs, mean, marker="o", markersize=3, color=f"C{i}", label=name)
-            axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.12, lw=0)
+            if xs:
+                mean, low, high = zip(*(interval(group[group[x] == value][y]) for value in xs), strict=True)
+                axis.plot(xs, mean, marker="o", markersize=3, color=f"C{i}", label=name)
+                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.08, lw=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel, fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].axhline(0, color="grey", lw=0.8)
-    axes[0].legend(fontsize=8)
-    groups = list(parts.groupby("setting", sort=False)["explained_variance"])[::-1]
+    if axes[0].lines[1:]:
+        axes[0].legend(fontsize=8)
+    groups = list(parts.groupby("setting", sort=False)["r_squared"])[::-1]
     for i, (_, values) in enumerate(groups):
         mean, low, high = interval(values)
         axes[3].errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color="C3", capsize=3)
     axes[3].set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
-    axes[3].set_title("parts of VRPO: explained variance, noise 0.3", fontsize=10)
+    axes[3].set_title("parts of VRPO: R², noise 0.3", fontsize=10)
     axes[3].grid(alpha=0.3)
-    figure.savefig(RESULTS / "critic_study.png", dpi=130)
+    figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = ("tuning", "noise", "vrpo", "passes")
+    parts: tuple[Literal["tuning", "noise", "vrpo", "passes"], ...] = ("tuning", "noise", "vrpo", "passes")
     """what to do"""
     critics: tuple[str, ...] = field(default_factory=lambda: tuple(CRITICS))
     """of these"""
@@ -433,7 +447,7 @@ class Args:
     """rate of flips for --tokens"""
 
 
-KEY = ["part", "critic", "setting", "noise", "seed"]
+KEY = ["part", "critic", "setting", "noise", "seed", "digest"]
 
 
 def main(args: Args) -> None:
@@ -442,20 +456,31 @@ def main(args: Args) -> None:
         stop(f"--critics {' '.join(unknown)}: there are {', '.join(CRITICS)}")
     if args.tokens:
         return write_tokens(args)
-    frame = pd.read_csv(args.out, keep_default_na=True).fillna({"setting": ""}) if args.out.exists() else pd.DataFrame()
-    done = set(map(tuple, frame[KEY].to_numpy())) if len(frame) else set()
-    jobs = [job for job in fits(args.seeds) if job.part in args.parts and job.critic in args.critics]
-    jobs = [job for job in jobs if tuple(getattr(job, key) for key in KEY) not in done]
-    if jobs and not args.report:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, context) as pool, Progress() as progress:
-            bar = progress.add_task("fits", total=len(jobs))
-            futures = [pool.submit(fit, job, args.channel, args.model, args.dataset) for job in jobs]
-            for future in as_completed(futures):
-                frame = pd.concat([frame, pd.DataFrame(future.result())], ignore_index=True)
-                frame.to_csv(args.out, index=False, float_format="%.5f")
-                progress.advance(bar)
-    report(frame)
+    where = (args.channel, args.model, args.dataset)
+    keys = {(*(getattr(job, key) for key in KEY[:-1]), digest(job, *where)): job for job in fits(args.seeds)}
+    frame = pd.DataFrame(columns=KEY)
+    if args.out.exists():
+        frame = pd.read_csv(args.out).fillna({"setting": ""})
+    done = set(map(tuple, frame[KEY].to_numpy()))
+    wanted = {key: job for key, job in keys.items() if job.part in args.parts and job.critic in args.critics}
+    jobs = [job for key, job in wanted.items() if key not in done and not args.report]
+    context, failed = multiprocessing.get_context("spawn"), []
+    with ProcessPoolExecutor(args.workers, context) as pool, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("fits", total=len(jobs))
+        futures = {pool.submit(fit_rows, job, *where): job for job in jobs}
+        for future in as_completed(futures):
+            if future.exception():
+                failed.append(f"{futures[future]}: {future.exception()}")
+                continue
+            frame = pd.concat([frame, pd.DataFrame(future.result())], ignore_index=True)
+            write_atomically(args.out, frame.to_csv(index=False, float_format="%.5f"))
+            progress.advance(bar)
+    present = [key in keys for key in map(tuple, frame[KEY].to_numpy())]
+    if not any(present):
+        stop(f"{args.out}: no rows of the present flags")
+    report(frame[present], args.out)
+    if failed:
+        stop("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds of an update: our GRPO against TRL's GRPOTrainer, PPO and VRPO against GRPO, on the same work, and where they go.
+"""Seconds of an update: our GRPO against TRL's GRPOTrainer, and PPO, VRPO, DVPO and robust PPO, on the same work, and where they go.
 
     pip install trl==1.16.0                                  # optional: without it --systems grpo ppo vrpo
     python benchmark/throughput.py                           # embedded model and SmolLM2-135M, about 40 minutes on two cores
@@ -39,7 +39,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-SCRIPTS = {"grpo": "grpo_baseline", "ppo": "ppo_baseline", "vrpo": "vrpo_math"}
+SCRIPTS = {
+    "grpo": "grpo_baseline",
+    "ppo": "ppo_baseline",
+    "vrpo": "vrpo_math",
+    "dvpo": "dvpo_math",
+    "robust": "robust_ppo_baseline",
+}
 PARTS = ("generation", "log-probabilities", "critic", "backward", "optimizer")  # and everything else
 WORK = {
     "embedded": {"prompts_per_update": 64, "samples_per_prompt": 4, "max_new_tokens": 48, "minibatch_size": 64, "micro_batch_size": 16},
@@ -58,14 +64,16 @@ COMMON = {"seed": 1, "epochs": 2, "temperature": 1.0, "learning_rate": 0.0, "kl_
 class Args:
     models: tuple[Literal["embedded", "135m"], ...] = ("embedded", "135m")
     """which of the two workloads"""
-    systems: tuple[Literal["trl", "trl-malloc", "grpo", "ppo", "vrpo"], ...] = (
+    systems: tuple[Literal["trl", "trl-malloc", "grpo", "ppo", "vrpo", "dvpo", "robust"], ...] = (
         "trl",
         "trl-malloc",
         "grpo",
         "ppo",
         "vrpo",
+        "dvpo",
+        "robust",
     )
-    """what to measure"""
+    """what to measure (dvpo and robust with the embedded model alone)"""
     rounds: int = 5
     """timed updates of each system, in turn"""
     large_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -186,7 +194,9 @@ def run_script(spec: dict) -> None:
             heads.append(getattr(self, "lm_head", None))
 
         module.Critic.__init__ = init
-        clock.wrap(module.Critic, "values", "critic")
+        clock.wrap(module.Critic, "quantiles" if hasattr(module.Critic, "quantiles") else "values", "critic")
+        if hasattr(module, "critic_loss"):
+            clock.wrap(module, "critic_loss", "critic")
         features = module.Critic.features
 
         def critic_features(self, *args):  # its hidden_states() is the critic's, not the policy's

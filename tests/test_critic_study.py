@@ -83,7 +83,8 @@ def test_measures():
     assert best["calibration_error"] < 1e-6 < perfect["calibration_error"]
     # one that has learnt the flips by heart
     parrot = measured(observed.unsqueeze(1) * grid, clean, observed, fresh, fitted)
-    assert parrot["noise_fitted"] - perfect["noise_fitted"] == pytest.approx(1, abs=1e-5)
+    assert parrot["noise_fitted"] == pytest.approx(1, abs=1e-5)
+    assert perfect["noise_fitted"] == pytest.approx(0, abs=1e-5) == best["noise_fitted"]
     assert parrot["rmse_flipped"] == 1 and parrot["rmse_unflipped"] == 0
     constant = measured(torch.full((400, 3), 0.4), clean, observed, fresh, fitted)
     assert constant["auc"] == 0.5 and constant["explained_variance"] == pytest.approx(0, abs=1e-6)
@@ -96,20 +97,33 @@ def test_every_critic_is_tuned_with_the_same_effort():
     counts = Counter(job.critic for job in jobs if job.part == "tuning")
     assert set(counts) == set(study.CRITICS) and len(set(counts.values())) == 1
     assert not {job.seed for job in jobs if job.part == "tuning"} & {job.seed for job in jobs if job.part != "tuning"}
-    for job in jobs:  # every flag is one of the script's
-        module, flags = study.CRITICS[job.critic]
-        module.Args(**{**flags, **dict(job.flags)})
+    where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
+    found = {
+        (job.part, job.setting, job.critic, study.digest(job, *where)) for job in jobs
+    }  # every flag is one of the script's
+    assert study.digest(jobs[0], *where) != study.digest(jobs[0], "asymmetric", *where[1:])
+    assert (
+        len({d for part, _, critic, d in found if part == "tuning" and critic == "VRPO"})
+        == len(study.SEARCH["VRPO"]) + 2
+    )
 
 
-def test_report_is_made_from_the_rows_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
-    numbers = {key: 0.5 for key in study.MEASURES}
-    rows = []
+def test_report_is_made_from_the_rows_alone(tmp_path):
+    where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
+    numbers, rows = {key: 0.5 for key in study.MEASURES}, []
     for job in study.fits((1, 2)):
-        base = {k: v for k, v in vars(job).items() if k != "flags"}
+        base = {key: getattr(job, key) for key in study.KEY[:-1]} | {"digest": study.digest(job, *where)}
         for n in {512, job.rollouts}:
             rows.append({**base, "rollouts": n, "passes": 1, **numbers, "explained_variance": 0.1 * job.seed})
-    study.report(pd.DataFrame(rows))
-    text = (tmp_path / "critic_study.md").read_text()
-    assert "| plain | 0.15 (0.10 to 0.20)" in text and "| VRPO | 0.00 |" in text
-    assert (tmp_path / "critic_study.png").stat().st_size > 10000
+    out = tmp_path / "some.csv"
+    pd.DataFrame(rows).to_csv(out, index=False)
+    study.main(study.Args(out=out, seeds=(1, 2), report=True))
+    text = (tmp_path / "some.md").read_text()
+    assert "| plain | 0.15 (-0.49 to 0.79)" in text and "| VRPO | 0.00 | 0.00" in text
+    assert (tmp_path / "some.png").stat().st_size > 10000
+    # rows of other flags are not reported, and a part of the rows is enough
+    pd.DataFrame(rows).assign(digest="other").to_csv(out, index=False)
+    with pytest.raises(SystemExit, match="no rows of the present flags"):
+        study.main(study.Args(out=out, seeds=(1, 2), report=True))
+    pd.DataFrame(rows).query("part == 'vrpo' or (critic == 'VRPO' and noise == 0.1)").to_csv(out, index=False)
+    study.main(study.Args(out=out, seeds=(1, 2), report=True))

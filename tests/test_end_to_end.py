@@ -265,7 +265,7 @@ def test_every_flag_of_the_other_critics_matters(name, variants, run_main):
     [
         ("dvpo_math", {"quantiles": 2}, "--quantiles 2: must be at least 3"),
         ("dvpo_math", {"huber_kappa": 0.0}, "--huber-kappa 0.0: must be at least 0.001"),
-        ("dvpo_math", {"tail_share": 1.5}, r"--tail-share 1.5: must be in \[0, 1\]"),
+        ("dvpo_math", {"tail_share": 0.6}, r"--tail-share 0.6: must be in \[0, 0.5\]"),
         ("robust_ppo_baseline", {"contamination": 2.0}, r"--contamination 2.0: must be in \[0, 1\]"),
         ("robust_ppo_baseline", {"value_heads": 0}, "--value-heads 0: must be at least 1"),
     ],
@@ -273,6 +273,13 @@ def test_every_flag_of_the_other_critics_matters(name, variants, run_main):
 def test_bad_flags_of_the_other_critics(name, flags, message, run_main):
     with pytest.raises(SystemExit, match=message):
         run_main(name, **flags)
+
+
+@pytest.mark.parametrize("name, flags", [("dvpo_math", {"quantiles": 20}), ("vrpo_math", {"bottleneck_layers": 0})])
+def test_a_critic_of_other_sizes_cannot_go_on(name, flags, run_main):
+    folder = run_main(name, updates=1)
+    with pytest.raises(SystemExit, match="--resume: the run's critic has other parts or sizes"):
+        run_main(name, resume=folder, **flags)
 
 
 def test_majority_vote_and_bfloat16(run_main):

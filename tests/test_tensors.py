@@ -1,5 +1,6 @@
 """Masks, reward placement, advantages and losses by tiny cases computed by hand."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -187,10 +188,25 @@ def test_explained_variance():
 
 
 def test_noise_absorbed():
-    mask, errors = torch.ones(4, 1, dtype=torch.bool), torch.tensor([[1.0], [0.0], [-1.0], [0.0]])
-    assert ppo.noise_absorbed(errors + 3, errors, mask) == pytest.approx(0)  # the whole error reaches the advantages
-    assert ppo.noise_absorbed(0.25 * errors, errors, mask) == pytest.approx(0.75)
-    assert ppo.noise_absorbed(torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]), errors, mask) == pytest.approx(1)
+    """Of a constant critic's advantages nothing is absorbed, of a perfect or calibrated one's with lambda 0 everything."""
+    torch.manual_seed(0)
+    clean = torch.randint(2, (400, 1)).float()
+    observed = torch.where(torch.rand(400, 1) < 0.25, 1 - clean, clean)
+    mask = torch.ones(400, 3, dtype=torch.bool)
+    mask[:, 1] = torch.rand(400) < 0.5
+    bad = torch.full((400, 3), float("nan"))
+
+    def absorbed(advantages):
+        return ppo.noise_absorbed(torch.where(mask, advantages.expand(400, 3), bad), observed, clean, mask)
+
+    assert absorbed(observed - 0.4) == pytest.approx(0, abs=1e-5)
+    assert absorbed(observed - (0.2 + 0.6 * clean)) == pytest.approx(
+        0, abs=1e-5
+    )  # a good critic does not see flips either
+    assert absorbed(clean - 0.4) == pytest.approx(1, abs=1e-5)
+    assert absorbed(0.25 * observed + clean) == pytest.approx(0.75, abs=1e-5)
+    assert absorbed(torch.zeros(400, 1)) == 1
+    assert math.isnan(ppo.noise_absorbed(observed - 0.4, clean, clean, torch.ones(400, 1, dtype=torch.bool)))
 
 
 # ---- GRPO ----
@@ -383,10 +399,24 @@ def test_contaminated_gae_by_hand():
     # V = 1, 2, 3, reward 10 at the end, gamma 1, lambda 0, rho 0.5: backups 1, 1.5, 2; deltas 1.5 - 1, 2 - 2, 10 - 3
     values, rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 10.0]]), torch.ones(1, 3).bool()
     assert robust.gae(rewards, values, mask, 1.0, 0.0, 0.5).tolist() == [[0.5, 0.0, 7.0]]
+    # with lambda 1 half of what follows is lost to the worst state, value 1: returns 10, (10 + 1) / 2, (5.5 + 1) / 2
+    returns = robust.gae(rewards, values, mask, 1.0, 1.0, 0.5) + values
+    assert returns.tolist() == [[3.25, 5.5, 10.0]]
     assert torch.equal(robust.gae(rewards, values, mask, 0.9, 0.8, 0.0), ppo.gae(rewards, values, mask, 0.9, 0.8))
     # the worst state of the batch is sought where the policy chose
     values, mask = torch.tensor([[-9.0, 2.0, 3.0]]), torch.tensor([[F, T, T]])
     assert robust.gae(rewards, values, mask, 1.0, 0.0, 1.0).tolist() == [[0.0, 0.0, 7.0]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.sampled_from([0.05, 0.3, 1.0]))
+def test_contaminated_targets_stay_between_rewards_and_values(seed, lam, rho):
+    """A target is a mean of what the episode paid and of values, so it runs away in no number of backups."""
+    torch.manual_seed(seed)
+    values, mask = torch.rand(8, 40), torch.rand(8, 40) < 0.8
+    rewards = ppo.place_rewards(torch.randint(2, (8, 1)).float(), mask)
+    returns = (robust.gae(rewards, values, mask, 1.0, lam, rho) + values)[mask]
+    assert returns.min() >= -1e-5 and returns.max() <= 1 + 1e-5
 
 
 def test_conservative_gap_by_hand():
@@ -413,7 +443,7 @@ def test_ensemble_min_takes_the_lowest_head(tiny_model):
     batch = pack(ROWS)
     scores = robust.score_tokens(policy, None, critic, batch, args)
     assert torch.allclose(scores["values"], 0.2 * batch["mask"])
-    assert torch.allclose(scores["doubt"], 0.3 * batch["mask"])
+    assert torch.allclose(scores["heads"], torch.tensor([0.5, 0.2, 0.8]) * batch["mask"].unsqueeze(-1))
     # every head is fitted to the same targets: the mean of the squared errors, in units of the variance
     part = batch | scores | {"returns": torch.ones(batch["mask"].shape), "weights": ppo.token_weights(batch["mask"])}
     features = torch.zeros(int(batch["mask"].sum()), policy.config.hidden_size)

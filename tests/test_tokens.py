@@ -34,7 +34,7 @@ def test_page_and_picture(run_main, tmp_path):
     tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1))
     page = out.read_text()
     assert page.count("<h3>") == 2 and page.count("ppo_baseline<br>") == 6 and page.count("grpo_baseline<br>") == 4
-    assert "title='values" in page and ("observed 1.00, true 0.00" in page or "observed 0.00, true 1.00" in page)
+    assert "title='values" in page and ("observed 1, true 0" in page or "observed 0, true 1" in page)
     assert (tmp_path / "tokens.png").stat().st_size > 5000
     groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
     wrong = [any(tokens.observed(r) != tokens.clean(r) for r in rows.values()) for _, rows in groups]
@@ -65,6 +65,8 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
     run = run_main("ppo_baseline", **FLAGS)
     with pytest.raises(SystemExit, match=r"--update 9: the runs have \[1, 2\]"):
         tokens.main(tokens.Args(runs=(run,), update=9, out=tmp_path / "x.html"))
+    with pytest.raises(SystemExit, match="the runs have no update in common"):
+        tokens.pick({"a": {1: {}}, "b": {2: {}}}, None, 3)
     with pytest.raises(SystemExit, match="at least one run"):
         tokens.main(tokens.Args())
     rows = records(run)
@@ -73,3 +75,34 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
     (tmp_path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="no question in common"):
         tokens.main(tokens.Args(runs=(run, tmp_path), out=tmp_path / "x.html"))
+
+
+def made_up(prompt: str, observed: float, clean: float, text: str = "x") -> dict:
+    table = {"text": [text], "chosen": [True], "entropy": [0.1], "advantages": [0.2], "rewards": [observed]}
+    return {"update": 1, "messages": [{"content": prompt}], "tokens": table, "outcome": {"accuracy": clean}}
+
+
+def write(folder, rows):
+    folder.mkdir()
+    (folder / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_one_misjudged_answer_among_many_does_not_hide_the_others(tmp_path):
+    run = write(tmp_path / "a", [made_up(f"q{i}", 1.0, float(i != 7)) for i in range(20)])
+    groups = tokens.pick({"a": tokens.read_rows(run)}, None, 8)
+    assert [q for q, _ in groups] == ["q7", "q0", "q1", "q2", "q3", "q4", "q5", "q6"]
+
+
+def test_odd_rows_are_shown(tmp_path):
+    """Equal prompts, mathematics and dollars in a token, no reference, no values."""
+    rows = [
+        made_up("Is $\\frac{1}{2$ it?\nYes", 1.0, float("nan"), "$x^$"),
+        made_up("same", 0.0, 1.0),
+        made_up("same", 1.0, 1.0),
+    ]
+    run = write(tmp_path / "a", rows)
+    assert list(tokens.read_rows(run)[1])[1:] == ["same", "same (2)"]
+    tokens.main(tokens.Args(runs=(run,), out=tmp_path / "odd.html", color="entropy"))
+    assert "observed 1, true nan" in (tmp_path / "odd.html").read_text()
+    assert (tmp_path / "odd.png").stat().st_size > 3000

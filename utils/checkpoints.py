@@ -60,6 +60,14 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     policy.load_state_dict(weights, strict=not adapters)
 
 
+def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
+    """Give the critic the trained weights of a checkpoint."""
+    saved, own = ({name: x.shape for name, x in d.items()} for d in (state["critic"], trained_state(critic)))
+    if saved != own:
+        stop("--resume: the run's critic has other parts or sizes; leave the critic's flags as they were")
+    critic.load_state_dict(state["critic"], strict=False)
+
+
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the parameters that are trained: what is frozen is loaded again from where it came."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

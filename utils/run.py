@@ -27,9 +27,10 @@ ArgsType = TypeVar("ArgsType")
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "assumed_false_negative_rate", "assumed_false_positive_rate",
-    "gamma", "gae_lambda", "critic_lambda", "token_ratio", "tail_share", "contamination", "label_noise", "length_bias",
+    "gamma", "gae_lambda", "critic_lambda", "token_ratio", "contamination", "label_noise", "length_bias",
 )  # fmt: skip
-LEAST = {"quantiles": 3, "huber_kappa": 0.001}  # a curvature needs three; and the Huber loss is divided by kappa
+# a curvature needs three quantiles, the Huber loss is divided by kappa, and tails do not overlap
+LIMITS = {"quantiles": (3, float("inf")), "huber_kappa": (0.001, float("inf")), "tail_share": (0, 0.5)}
 HEADLINES = {"eval/accuracy": "clean held-out accuracy", "eval/average": "held-out mean of TCR, ACR and GCR"}
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -73,12 +74,10 @@ def check_ranges(args: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         is_count = isinstance(value, int) and type(args).__annotations__[name] is not float and name not in MAY_BE_ZERO
-        low, high = int(is_count), 1 if name in SHARES else float("inf")
+        low, high = LIMITS.get(name, (int(is_count), 1 if name in SHARES else float("inf")))
         if not low <= value <= high:
-            limits = f"in [{low}, {high}]" if name in SHARES else f"at least {low}"
+            limits = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
             stop(f"--{name.replace('_', '-')} {value}: must be {limits}")
-        if name in LEAST and value < LEAST[name]:
-            stop(f"--{name.replace('_', '-')} {value}: must be at least {LEAST[name]}")
     if args.temperature == 0:
         stop("--temperature 0: must be above 0 (evaluation is greedy whatever it is)")
 

@@ -6,7 +6,9 @@ python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
 
 import html
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,14 +18,14 @@ from utils.errors import stop
 
 COLORS = {"values": "RdYlGn", "advantages": "PuOr", "entropy": "Blues"}
 EXPLAINED = {
-    "values": "value: what the critic expects of the rest, from red (0) to green (1)",
+    "values": "value: what the critic expects of the rest, from red (0 or lower) to green (1 or higher)",
     "advantages": "whitened advantage: from orange (below) to violet (above)",
     "entropy": "entropy of the policy, in nats",
 }
 
 
 def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
-    """{update: {question: row of transcripts.jsonl}}, rows with tokens alone."""
+    """{update: {prompt: row of transcripts.jsonl}}, rows with tokens alone; prompts of equal words are numbered."""
     try:
         rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
@@ -31,30 +33,32 @@ def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
     found: dict[int, dict[str, dict]] = {}
     for row in rows:
         if "tokens" in row:
-            found.setdefault(row["update"], {})[row["messages"][0]["content"]] = row
+            rows_of = found.setdefault(row["update"], {})
+            words, count = row["messages"][0]["content"], 2
+            name = words
+            while name in rows_of:
+                name, count = f"{words} ({count})", count + 1
+            rows_of[name] = row
     if not found:
         stop(f"{folder}: its transcripts have no tokens (they were written by an older version)")
     return found
 
 
-def pick(runs: dict[str, dict], update: int | None, rows: int) -> list[tuple[str, dict[str, dict]]]:
-    """For some questions that all runs have at that update, {run: row}: first those whose observed and true outcomes differ in some
-    run, which are the ones that tell."""
+def pick(runs: dict[str, dict], update: int | None, count: int) -> list[tuple[str, dict[str, dict]]]:
+    """For `count` prompts that all runs have at that update, {run: row}: in turn one whose reward was wrong in some run, as those
+    tell most, and one where none was."""
     common = set.intersection(*(set(found) for found in runs.values()))
     if not common or (update is not None and update not in common):
-        stop(f"--update {update}: the runs have {sorted(common)} in common")
+        asked = "the runs" if update is None else f"--update {update}: the runs"
+        stop(f"{asked} have {sorted(common) or 'no update'} in common")
     chosen = {name: found[max(common) if update is None else update] for name, found in runs.items()}
-    questions = [q for q in next(iter(chosen.values())) if all(q in rows for rows in chosen.values())]
-    if not questions:
+    prompts = [q for q in next(iter(chosen.values())) if all(q in rows for rows in chosen.values())]
+    if not prompts:
         stop("the runs have no question in common at that update; runs with the same seed do")
-
-    def tells(question: str) -> bool:
-        return any(round(observed(rows[question])) != round(clean(rows[question])) for rows in chosen.values())
-
-    told = [q for q in questions if tells(q)]
-    quiet = [q for q in questions if q not in told]
-    mixed = [q for pair in zip(told, quiet, strict=False) for q in pair] or questions
-    return [(q, {name: rows[q] for name, rows in chosen.items()}) for q in mixed[:rows]]
+    told = [q for q in prompts if any(misjudged(rows[q]) for rows in chosen.values())]
+    quiet = [q for q in prompts if q not in told]
+    mixed = [q for pair in zip_longest(told, quiet) for q in pair if q is not None]
+    return [(q, {name: rows[q] for name, rows in chosen.items()}) for q in mixed[:count]]
 
 
 def observed(row: dict) -> float:
@@ -65,6 +69,15 @@ def observed(row: dict) -> float:
 def clean(row: dict) -> float:
     """The true outcome: accuracy of a question, mean of the three rates of a dialogue."""
     return row["outcome"].get("accuracy", row["outcome"].get("average", float("nan")))
+
+
+def misjudged(row: dict) -> bool:
+    """The reward and the true outcome lie on different sides of 1/2."""
+    return (observed(row) > 0.5) != (clean(row) > 0.5)
+
+
+def ending(row: dict) -> str:
+    return f"observed {observed(row):.3g}, true {clean(row):.3g}"
 
 
 def answer(row: dict) -> list[int]:
@@ -82,7 +95,7 @@ def scale(color: str, groups: list) -> tuple[float, float]:
     return (-top, top) if color == "advantages" else (0.0, top)
 
 
-def paint(color: str, low: float, high: float):
+def paint(color: str, low: float, high: float) -> Callable[[float], tuple[float, ...]]:
     """number -> (r, g, b), pale enough for black letters."""
     import matplotlib
 
@@ -119,9 +132,8 @@ def page(groups: list, colors: list[str]) -> str:
                     numbers = ", ".join(f"{key} {tokens[key][i]:.3f}" for key in COLORS if key in tokens)
                     r, g, b = (round(255 * c) for c in painters[color](tokens[color][i]))
                     spans.append(f"<span title='{numbers}' style='background:rgb({r},{g},{b})'>{text}</span>")
-                end = f"observed {observed(row):.2f}, true {clean(row):.2f}"
                 lines.append(
-                    f"<tr><td>{html.escape(name)}<br>{color}<td><pre>{''.join(spans)}</pre><td class='end'>{end}"
+                    f"<tr><td>{html.escape(name)}<br>{color}<td><pre>{''.join(spans)}</pre><td class='end'>{ending(row)}"
                 )
         lines.append("</table>")
     return "\n".join(lines)
@@ -141,8 +153,8 @@ def picture(groups: list, color: str, out: Path) -> None:
         for _, rows in groups
         for row in rows.values()
     )
-    margin, ending = 16, 24
-    width = min(200, margin + longest + ending)
+    margin, right = 16, 24
+    width = min(200, margin + longest + right)
     figure = plt.figure(figsize=(width * 0.092, 0.42 * height))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, width), ylim=(height, 0))
@@ -153,17 +165,17 @@ def picture(groups: list, color: str, out: Path) -> None:
         axis.text(
             0.5,
             y,
-            question if len(question) < width - 4 else question[: int(width) - 5] + "…",
+            shown(question if len(question) < width - 4 else question[: int(width) - 5] + "…"),
             fontsize=9,
             weight="bold",
         )
         y += 0.9
         for name, row in rows.items():
             tokens, x = row["tokens"], margin
-            axis.text(0.5, y, name[-margin + 1 :], va="center", fontsize=8)
+            axis.text(0.5, y, shown(name[-margin + 1 :]), va="center", fontsize=8)
             for i in answer(row):
                 text = shown(tokens["text"][i])
-                if x + len(text) > width - ending:
+                if x + len(text) > width - right:
                     axis.text(x, y, "…", va="center", **font)
                     x += 2
                     break
@@ -180,13 +192,7 @@ def picture(groups: list, color: str, out: Path) -> None:
                     )
                 axis.text(x + 0.4, y - 0.1, text, va="center", **font)
                 x += len(text) + 1
-            end = (
-                f"observed {observed(row):.0f}, true {clean(row):.2g}"
-                if "accuracy" in row["outcome"]
-                else f"{observed(row):.2f} / {clean(row):.2f}"
-            )
-            wrong = round(observed(row)) != round(clean(row))
-            axis.text(x + 1, y, end, va="center", fontsize=8, color="C3" if wrong else "black")
+            axis.text(x + 1, y, ending(row), va="center", fontsize=8, color="C3" if misjudged(row) else "black")
             y += 1.05
         y += 0.4
     figure.savefig(out, dpi=150)
@@ -194,7 +200,8 @@ def picture(groups: list, color: str, out: Path) -> None:
 
 
 def shown(text: str) -> str:
-    return text.replace("\n", "⏎") or "·"
+    """A token in one line, dollars escaped: between two of them matplotlib would set mathematics."""
+    return text.replace("\n", "⏎").replace("$", r"\$") or "·"
 
 
 @dataclass
