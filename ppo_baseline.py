@@ -160,11 +160,11 @@ class Args:
     """discount per token"""
     gae_lambda: float = 0.95
     """lambda of the policy's advantages"""
-    critic_lambda: float = 1.0
+    critic_lambda: float = 0.95
     """lambda of the critic's targets; 1 is the observed return"""
     critic_backbone: Literal["separate", "shared"] = "separate"
     """separate: a second transformer, initialised from the policy; shared: a head on the policy's own hidden states"""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's backbone, if separate"""
     head_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's head"""

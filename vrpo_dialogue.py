@@ -163,11 +163,11 @@ class Args:
     """discount per token"""
     gae_lambda: float = 0.95
     """lambda of the policy's advantages"""
-    critic_lambda: float = 1.0
+    critic_lambda: float = 0.95
     """lambda of the critic's targets; 1 is the observed return"""
     critic_backbone: Literal["separate", "shared"] = "separate"
     """separate: a second transformer, initialised from the policy; shared: a head on the policy's own hidden states"""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's backbone, if separate"""
     head_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's head"""
@@ -187,14 +187,12 @@ class Args:
     bottleneck_layers: Literal[0, 1, 2] = 1
     """Gaussian layers between hidden state and decoder; 0 is PPO's linear head"""
     value_samples: int = 16
-    """latent samples over which the rollout's values are averaged"""
-    loss_samples: int = 1
-    """latent samples over which the value in the loss is averaged"""
+    """latent samples over which the rollout's values are averaged (one in the loss)"""
     token_ratio: float = 0.8
     """share of the tokens, the most uncertain ones, on which the semantic losses act"""
-    lambda_ent: float = 0.05
+    lambda_ent: float = 0.01
     """weight of the entropy loss (0.5 in the paper starves the value here: see the README)"""
-    lambda_ppl: float = 0.05
+    lambda_ppl: float = 0.01
     """weight of the perplexity loss (likewise)"""
     lm_head: Literal["frozen", "learned"] = "frozen"
     """LM head of the semantic losses: the initial policy's, frozen, or a copy that learns (ablation)"""
@@ -595,7 +593,7 @@ def critic_loss(critic, features: Tensor, part: dict, unit: Tensor, update: int,
     constant critic has 1. VRPO: value, code and language model come from one pass of the critic, and the loss is
     MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
     mask, weights = part["mask"], part["weights"]
-    values, ib_kl, sigma = critic.values(features, args.loss_samples)
+    values, ib_kl, sigma = critic.values(features, samples=1)
     logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, part["targets"][mask], 1.0)
     values, ib_kl, sigma, logprobs, entropy = (spread(x, mask) for x in (values, ib_kl, sigma, logprobs, entropy))
     mse = value_loss(values, part["values"], part["returns"], weights, args.value_clip) / unit

@@ -61,18 +61,19 @@ CRITICS = {
     "contamination": (robust, {"worst_case": "contamination"}),
     "conservative": (robust, {"worst_case": "conservative"}),
 }
-# Five settings for each: the defaults that the search began with, a higher learning rate, another lambda, two of its own.
-LAMBDA = {"lambda_ent": 0.01, "lambda_ppl": 0.01}
+# Five settings for each: START, a higher learning rate, another lambda of the targets, two of its own.
+START = {"critic_learning_rate": 5e-4, "critic_lambda": 1.0}
+WORDS = {"lambda_ent": 0.05, "lambda_ppl": 0.05}
 SEARCH = {
-    "plain": [{"critic_lambda": 0.95}, {"value_clip": 0.2}, {"head_learning_rate": 3e-3}],
-    "bottleneck": [{"critic_lambda": 0.95}, {"beta": 0.003}, {"loss_samples": 8}],
-    "semantic": [{"critic_lambda": 0.95}, LAMBDA, {"lambda_ent": 0.0}],
-    "VRPO": [{"critic_lambda": 0.95}, LAMBDA, {**LAMBDA, "loss_samples": 8}],
-    "quantile": [{"critic_lambda": 1.0}, {"huber_kappa": 0.3}, {"quantiles": 50}],
-    "DVPO": [{"critic_lambda": 1.0}, {"huber_kappa": 0.3}, {"lambda_shift": 0.0}],
-    "ensemble-min": [{"critic_lambda": 1.0}, {"value_heads": 8}, {"head_learning_rate": 3e-3}],
-    "contamination": [{"critic_lambda": 1.0}, {"contamination": 0.01}, {"contamination": 0.2}],
-    "conservative": [{"critic_lambda": 1.0}, {"conservative_coef": 0.01}, {"conservative_coef": 1.0}],
+    "plain": [{"value_clip": 0.2}, {"head_learning_rate": 3e-3}],
+    "bottleneck": [{"beta": 0.003}, {"beta_warmup": 1}],
+    "semantic": [WORDS, {"lambda_ent": 0.0}],
+    "VRPO": [WORDS, {"beta": 0.003}],
+    "quantile": [{"huber_kappa": 0.3}, {"quantiles": 50}],
+    "DVPO": [{"huber_kappa": 0.3}, {"lambda_shift": 0.0}],
+    "ensemble-min": [{"value_heads": 8}, {"head_learning_rate": 3e-3}],
+    "contamination": [{"contamination": 0.01}, {"contamination": 0.2}],
+    "conservative": [{"conservative_coef": 0.01}, {"conservative_coef": 1.0}],
 }
 VRPO_PARTS = {
     "no semantic losses": NO_WORDS,
@@ -109,9 +110,10 @@ class Fit:
 def fits(seeds: tuple[int, ...]) -> list[Fit]:
     """All fits in the order in which they are made."""
     jobs = [
-        Fit("tuning", critic, text(flags), 0.2, 101, flags=tuple(flags.items()))
+        Fit("tuning", critic, text(flags), 0.2, seed, flags=tuple((START | flags).items()))
+        for seed in (101, 102)
         for critic in CRITICS
-        for flags in ({}, {"critic_learning_rate": 1e-3}, *SEARCH[critic])
+        for flags in ({}, {"critic_learning_rate": 1e-3}, {"critic_lambda": 0.95}, *SEARCH[critic])
     ]
     jobs += [
         Fit("noise", critic, "", noise, seed)
@@ -146,7 +148,7 @@ def digest(job: Fit, channel: str, model: str, dataset: str) -> str:
 
 
 def text(flags: dict) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "defaults"
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "start"
 
 
 @lru_cache(maxsize=2)

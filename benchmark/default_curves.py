@@ -1,4 +1,4 @@
-"""The learning curves of the README: PPO, GRPO and VRPO, the same seeds, noise, budget and learning rates for all.
+"""The learning curves of the README: PPO, GRPO, VRPO, DVPO and robust PPO, the same seeds, noise, budget and learning rates for all.
 
     python benchmark/default_curves.py                       # the embedded math default; hours on two cores, stop and start at will
     python benchmark/default_curves.py --seeds 1 --arms symmetric
@@ -71,7 +71,7 @@ SUITES = {
         NOISES,
         data="allenai/ai2_arc",
     ),
-    "math": Suite("default", QUESTIONS | {"vrpo_math": ["--beta", "0.01", "--token-ratio", "0.8"]}, [], NOISES),
+    "math": Suite("default", QUESTIONS | {"dvpo_math": [], "robust_ppo_baseline": []}, [], NOISES),
     "science": Suite("science", QUESTIONS, ["--task", "science", "--updates", "40"], NOISES),
     "dialogue": Suite(
         "dialogue",

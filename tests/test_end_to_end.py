@@ -229,7 +229,7 @@ def test_every_number_flag_of_vrpo_matters(run_main):
     assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
     for i, flags in enumerate((
         {"beta_warmup": 1}, {"critic_warmup": 1}, {"critic_backbone": "shared"},
-        {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"loss_samples": 3}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
+        {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
         {"lambda_ppl": 0.0}, {"lm_head": "learned"}, {"gamma": 0.9}, {"gae_lambda": 0.5}, {"critic_lambda": 0.5},
         {"critic_learning_rate": 1e-2}, {"head_learning_rate": 1e-2}, {"value_coef": 0.1}, {"value_clip": 0.01},
         {"entropy_coef": 0.1}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl_in": "loss"}, {"clip_range": 0.001}, {"max_grad_norm": 0.01},
