@@ -588,7 +588,7 @@ def main(args: Args) -> None:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
                     targets = part["targets"][chosen]
                     logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)
+                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)  # GRPO: no values
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
