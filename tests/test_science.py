@@ -6,7 +6,7 @@ import random
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT, read_samples
+from tests.conftest import ROOT, SCRIPTS, read_samples
 from utils import make_tiny_science as maker
 from utils.answers import LETTERS
 from utils.data import lay_out
@@ -34,7 +34,7 @@ def test_grades():
     assert task.final_answer(SHORT, "The answer is 1,000.") == "1000"
 
 
-@pytest.mark.parametrize("name", ["ppo_baseline", "grpo_baseline", "vrpo_math"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_runs_it(run_main, name):
     """Letters and short answers are graded in training and evaluation."""
     folder = run_main(name, **EMBEDDED, eval_size=16, updates=1)

@@ -33,7 +33,9 @@ def test_page_and_picture(run_main, tmp_path):
     out = tmp_path / "tokens.html"
     tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1))
     page = out.read_text()
-    assert page.count("<h3>") == 2 and page.count("ppo_baseline<br>") == 6 and page.count("grpo_baseline<br>") == 4
+    assert (
+        page.count("<h3>") == 2 and page.count("<td>ppo_baseline<br>") == 6 and page.count("<td>grpo_baseline<br>") == 4
+    )
     assert "title='values" in page and ("observed 1, true 0" in page or "observed 0, true 1" in page)
     assert (tmp_path / "tokens.png").stat().st_size > 5000
     groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
@@ -75,6 +77,16 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
     (tmp_path / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="no question in common"):
         tokens.main(tokens.Args(runs=(run, tmp_path), out=tmp_path / "x.html"))
+
+
+def test_names_are_what_differs():
+    assert tokens.short_names(["runs/a__s__1", "runs/bc__s__1"]) == ["a", "bc"]
+    assert tokens.short_names(["runs/a__s__1", "old/a__t__1"]) == ["runs__s", "old__t"]
+    assert tokens.short_names(["x/a", "y/z/b"]) == ["a", "b"] and tokens.short_names(["x/a", "y/z/a"]) == [
+        "x/a",
+        "y/z/a",
+    ]
+    assert tokens.short_names(["runs/a"]) == ["a"] and tokens.short_names(["runs/a", "runs/a"]) == ["runs/a", "runs/a"]
 
 
 def made_up(prompt: str, observed: float, clean: float, text: str = "x") -> dict:

@@ -199,6 +199,16 @@ def picture(groups: list, color: str, out: Path) -> None:
     plt.close(figure)
 
 
+def short_names(paths: list[str]) -> list[str]:
+    """What differs between the paths: of runs/ppo_baseline__none__1 and runs/vrpo_math__none__1 the scripts. Of a single one, or of
+    paths of another form, the last part."""
+    parts = [path.replace("/", "__").split("__") for path in paths]
+    if len(set(paths)) < 2 or len(set(map(len, parts))) > 1:
+        return [Path(path).name for path in paths] if len({Path(p).name for p in paths}) == len(paths) else paths
+    varied = [i for i, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
+    return ["__".join(words[i] for i in varied) for words in parts]
+
+
 def shown(text: str) -> str:
     """A token in one line, dollars escaped: between two of them matplotlib would set mathematics."""
     return text.replace("\n", "⏎").replace("$", r"\$") or "·"
@@ -221,9 +231,7 @@ class Args:
 def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
-    names = [folder.name for folder in args.runs]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in args.runs]
+    names = short_names([str(folder) for folder in args.runs])
     groups = pick({name: read_rows(f) for name, f in zip(names, args.runs, strict=True)}, args.update, args.rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(groups, list(COLORS)))
