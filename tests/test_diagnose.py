@@ -1,0 +1,118 @@
+"""Each known failure is named when its numbers show, with the numbers, and a sound run is left in peace."""
+
+import csv
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import diagnose
+
+UPDATES = 30
+
+
+def line(start: float, end: float) -> list[float]:
+    return [start + (end - start) * i / (UPDATES - 1) for i in range(UPDATES)]
+
+
+GOOD = {
+    "reward/observed": line(0.45, 0.62),
+    "reward/clean": line(0.42, 0.7),
+    "reward/flip_rate": line(0.2, 0.2),
+    "reward/youden_j": line(0.6, 0.6),
+    "charts/response_length": line(22, 23),
+    "charts/eos_rate": line(0.98, 1.0),
+    "objective/entropy": line(0.4, 0.2),
+    "losses/approx_kl": line(0.001, 0.002),
+    "losses/clipfrac": line(0.01, 0.03),
+    "losses/value": line(1.0, 0.7),
+    "critic/explained_variance": line(0.0, 0.15),
+    "critic/noise_absorbed": line(0.4, 0.45),
+    "critic/advantage_std": line(0.45, 0.4),
+    "vrpo/ib_kl": line(0.0, 3.0),
+    "vrpo/latent_std": line(1.0, 0.9),
+    "vrpo/active_tokens": line(0.9, 0.9),
+    "vrpo/perplexity_aux": line(0.5, 0.5),
+    "grpo/zero_variance_groups": line(0.2, 0.4),
+    "eval/accuracy": [0.45, 0.6, 0.7],
+}
+FLAGS = {
+    "script": "vrpo_math", "prompts_per_update": 4, "samples_per_prompt": 2, "eval_size": 512, "beta": 0.01, "bottleneck_layers": 1,
+    "lambda_ent": 0.01, "lambda_ppl": 0.01, "reward_model": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def findings(tmp_path):
+    """findings(flags=..., metric=values, ...): what is found in a run that is good but for these."""
+
+    def found(flags: dict | None = None, **changed: list[float]) -> list[diagnose.Finding]:
+        series = GOOD | {key.replace("__", "/"): values for key, values in changed.items()}
+        evals = series.pop("eval/accuracy")
+        (tmp_path / "args.json").write_text(json.dumps(FLAGS | (flags or {})))
+        count = len(series["reward/clean"])
+        with (tmp_path / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["update", "charts/episodes", "eval/accuracy", *series])
+            writer.writeheader()
+            for i in range(count):
+                row = {"update": i + 1, "charts/episodes": 8 * (i + 1)} | {key: x[i] for key, x in series.items()}
+                if (i + 1) % 10 == 0 and evals:
+                    row["eval/accuracy"] = evals[(i + 1) // 10 - 1]
+                writer.writerow(row)
+        return diagnose.diagnose(tmp_path)
+
+    return found
+
+
+def test_a_sound_run_is_left_in_peace(findings, tmp_path):
+    assert findings() == []
+    assert diagnose.sentences(tmp_path) == "no known failure shows"
+
+
+@pytest.mark.parametrize("name, since, flags, changed", [
+    ("the reward is nearly useless", 1, {}, {"reward__youden_j": line(0.1, 0.0)}),
+    ("the critic knows nothing", 1, {}, {"critic__explained_variance": line(0.0, 0.01)}),
+    ("the critic misleads", 1, {}, {"critic__explained_variance": line(0.0, -0.4)}),
+    ("the bottleneck has collapsed to the prior", 1, {}, {"vrpo__ib_kl": line(0.01, 0.0), "vrpo__latent_std": line(1, 1)}),
+    ("the bottleneck's KL dominates", None, {"beta": 10.0}, {}),
+    ("the semantic losses act on hardly any token", 1, {}, {"vrpo__active_tokens": line(0.02, 0.02)}),
+    ("answers grow without getting better", None, {}, {"charts__response_length": line(20, 60), "reward__clean": line(0.5, 0.49)}),
+    ("the reward is being exploited", None, {}, {"reward__clean": line(0.5, 0.3), "eval__accuracy": []}),
+    ("performance fell after a peak", 10, {}, {"eval__accuracy": [0.7, 0.6, 0.5]}),
+    ("the advantages are mostly noise", 1, {}, {"critic__noise_absorbed": line(0.0, 0.0), "critic__advantage_std": line(0.45, 0.45)}),
+    ("exploration is gone", None, {}, {"objective__entropy": [0.4] * 8 + [0.01] * 22}),
+    ("groups teach nothing", None, {}, {"grpo__zero_variance_groups": line(0.5, 1.0)}),
+    ("the policy's steps are too large", None, {}, {"losses__clipfrac": line(0.1, 0.5)}),
+    ("answers are cut off", None, {}, {"charts__eos_rate": line(1.0, 0.3)}),
+])  # fmt: skip
+def test_each_failure_alone(findings, name, since, flags, changed):
+    (finding,) = findings(flags, **changed)
+    assert finding.name == name and "--" in finding.advice and any(c.isdigit() for c in finding.evidence)
+    assert finding.since == since if since else 1 < finding.since <= UPDATES
+    assert f"{name} (from update {finding.since})" in str(finding)
+
+
+def test_since_is_where_the_trouble_begins(findings):
+    lengths = [20.0] * 15 + [40.0] * 15
+    (finding,) = findings(charts__response_length=lengths, reward__clean=line(0.5, 0.5))
+    assert finding.since in (17, 18)  # a running mean of five must have crossed
+
+
+def test_what_is_not_there_is_not_judged(findings):
+    """A short run, a run without critic, a run whose true rewards are unknown, a reward model between prompts."""
+    short = {key.replace("/", "__"): values[:4] for key, values in GOOD.items() if key != "eval/accuracy"}
+    assert findings(**short | {"reward__youden_j": [0.0] * 4}, eval__accuracy=[]) == []
+    blank = [""] * UPDATES
+    changed = {"reward__clean": blank, "reward__youden_j": blank, "critic__noise_absorbed": blank}
+    assert findings(charts__response_length=line(20, 60), **changed) == []
+    assert findings({"reward_model": "assets/tiny_reward"}, reward__youden_j=line(-0.2, -0.2)) == []
+    assert findings({"bottleneck_layers": 0}, vrpo__ib_kl=line(0, 0), vrpo__latent_std=line(1, 1)) == []
+
+
+def test_the_committed_runs_of_the_default_are_sound():
+    """And those under a coin's rewards are told from them."""
+    runs = sorted(f for f in (ROOT / "benchmark" / "results" / "default").iterdir() if f.is_dir())
+    for run in runs:
+        names = [finding.name for finding in diagnose.diagnose(run)]
+        assert ("the reward is nearly useless" in names) == ("__random__" in run.name)
+        assert "__random__" in run.name or not names, (run.name, names)
