@@ -252,8 +252,11 @@ def diagnose(folder: Path) -> list[Finding]:
 
 
 def sentences(folder: Path) -> str:
-    findings = diagnose(folder)
-    return "\n".join(f"- {finding}" for finding in findings) or "no known failure shows"
+    """The findings as a list, or that there are none."""
+    findings = "".join(f"\n- {finding}" for finding in diagnose(folder))
+    if not findings and len((folder / "metrics.csv").read_text().splitlines()) < LEAST + 2:
+        return f"none, fewer than {LEAST} updates are too few"
+    return findings or "no known failure shows"
 
 
 @dataclass
@@ -267,4 +270,4 @@ if __name__ == "__main__":
     if not args.runs:
         stop("give at least one run directory")
     for folder in args.runs:
-        print(f"{folder}\n{sentences(folder)}")
+        print(f"{folder}: {sentences(folder)}")

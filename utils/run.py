@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from utils.diagnose import sentences
 from utils.errors import stop
 from utils.plot import plot_runs
 from utils.tasks import DEFAULTS
@@ -207,6 +208,7 @@ class Run:
         for key, name in HEADLINES.items():
             if curve := [float(row[key]) for row in self.rows if key in row]:
                 self.print(f"{name}: start {curve[0]:.3f}, last {curve[-1]:.3f}, peak {max(curve):.3f}")
+        self.print(f"diagnosis: {sentences(self.folder)}")
 
     def stop_progress(self) -> None:
         if self.progress.live.is_started:
