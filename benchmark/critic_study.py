@@ -453,7 +453,7 @@ def main(args: Args) -> None:
     keys = {(*(getattr(job, key) for key in KEY[:-1]), digest(job, *where)): job for job in fits(args.seeds)}
     frame = pd.DataFrame(columns=KEY)
     if args.out.exists():
-        frame = pd.read_csv(args.out).fillna({"setting": ""})
+        frame = pd.read_csv(args.out, dtype={"setting": str}).fillna({"setting": ""})
     done = set(map(tuple, frame[KEY].to_numpy()))
     wanted = {key: job for key, job in keys.items() if job.part in args.parts and job.critic in args.critics}
     jobs = [job for key, job in wanted.items() if key not in done and not args.report]
