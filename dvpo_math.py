@@ -305,13 +305,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
 
 
-def noise_absorbed(advantages: Tensor, observed: Tensor, clean: Tensor, mask: Tensor) -> float:
-    """1 - cov(A, e) / var(e) over the masked tokens, e = observed - clean reward (B, 1): the share of the error that does not reach
-    the advantages; right and wrong answers apart, as errors go with the outcome. NaN where no reward is wrong."""
-    a, e, right = (x.expand_as(advantages)[mask] for x in (advantages, observed - clean, clean > 0.5))
-    for group in (right, ~right):
-        a[group], e[group] = a[group] - a[group].mean(), e[group] - e[group].mean()
-    return (1 - (a * e).sum() / (e * e).sum()).item()
+def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
+    """1 - corr(A, A without the reward errors)^2 over the masked tokens: the share of the variance of the advantages that the errors
+    make. NaN where either is constant."""
+    return 1 - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1].item() ** 2
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -765,7 +762,9 @@ def main(args: Args) -> None:
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
         zeros, observed, clean = torch.zeros_like(rewards), observed.unsqueeze(1), clean.unsqueeze(1)  # (B, T), (B, 1)
         observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
-        clean_returns = gae(rewards - place_rewards(observed - clean, mask), zeros, mask, args.gamma, 1.0)
+        clean_rewards = rewards - place_rewards(observed - clean, mask)
+        clean_returns = gae(clean_rewards, zeros, mask, args.gamma, 1.0)
+        without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -784,13 +783,13 @@ def main(args: Args) -> None:
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
+            "objective/advantage_noise": advantage_noise(advantages, without_errors, mask),
             **mean,
             "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
             "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
-            "critic/noise_absorbed": noise_absorbed(advantages, observed, clean, mask),
             # DVPO: what the ensemble predicts
             "dvpo/crossing_rate": (batch["quantiles"][mask].diff() < 0).float().mean().item(),
             "dvpo/spread": batch["quantiles"][mask].std(-1).mean().item(),

@@ -283,6 +283,12 @@ def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
 
 
+def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
+    """1 - corr(A, A without the reward errors)^2 over the masked tokens: the share of the variance of the advantages that the errors
+    make. NaN where either is constant."""
+    return 1 - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1].item() ** 2
+
+
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
 
 
@@ -548,7 +554,8 @@ def main(args: Args) -> None:
         observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
         # GRPO: known error rates, if any, are undone
-        scores[:, -1] = correct_noise(observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate)
+        corrected = correct_noise(observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate)
+        scores[:, -1] = corrected
         gains = scores.diff(dim=1, prepend=torch.zeros_like(scores[:, :1]))  # what each turn adds; they sum to observed
         rewards = place_rewards(gains, batch["mask"])
 
@@ -567,9 +574,8 @@ def main(args: Args) -> None:
         # GRPO: one score an episode, one advantage for all its tokens
         scores = rewards.sum(1)
         groups = scores.view(-1, args.samples_per_prompt)
-        batch["advantages"] = group_advantages(scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
-        if args.advantage == "reinforce_pp":
-            batch["advantages"] = whiten(batch["advantages"], mask)
+        advantages = group_advantages(scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
+        batch["advantages"] = whiten(advantages, mask) if args.advantage == "reinforce_pp" else advantages
         scored = time.perf_counter()
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
@@ -614,6 +620,9 @@ def main(args: Args) -> None:
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
+        # GRPO: the advantages of the clean rewards, to compare
+        clean_scores = scores + clean - corrected
+        without_errors = group_advantages(clean_scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -632,6 +641,7 @@ def main(args: Args) -> None:
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
+            "objective/advantage_noise": advantage_noise(advantages, without_errors, mask),
             **mean,
             # GRPO: what there is of a baseline to look at
             "grpo/zero_variance_groups": (groups == groups[:, :1]).all(1).float().mean().item(),

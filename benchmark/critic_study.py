@@ -61,14 +61,13 @@ CRITICS = {
     "contamination": (robust, {"worst_case": "contamination"}),
     "conservative": (robust, {"worst_case": "conservative"}),
 }
-# Five settings for each: START, a higher learning rate, another lambda of the targets, two of its own.
-START = {"critic_learning_rate": 5e-4, "critic_lambda": 1.0}
-WORDS = {"lambda_ent": 0.05, "lambda_ppl": 0.05}
+# Tuning: five settings for each critic, the default, a lower learning rate, another lambda of the targets and two of its own.
+COMMON = [{}, {"critic_learning_rate": 5e-4}, {"critic_lambda": 1.0}]
 SEARCH = {
     "plain": [{"value_clip": 0.2}, {"head_learning_rate": 3e-3}],
-    "bottleneck": [{"beta": 0.003}, {"beta_warmup": 1}],
-    "semantic": [WORDS, {"lambda_ent": 0.0}],
-    "VRPO": [WORDS, {"beta": 0.003}],
+    "bottleneck": [{"beta": 0.01}, {"beta_warmup": 1}],
+    "semantic": [{"lambda_ent": 0.03, "lambda_ppl": 0.03}, {"lambda_ent": 0.0}],
+    "VRPO": [{"beta": 0.01}, {"lambda_ent": 0.03, "lambda_ppl": 0.03}],
     "quantile": [{"huber_kappa": 0.3}, {"quantiles": 50}],
     "DVPO": [{"huber_kappa": 0.3}, {"lambda_shift": 0.0}],
     "ensemble-min": [{"value_heads": 8}, {"head_learning_rate": 3e-3}],
@@ -80,7 +79,8 @@ VRPO_PARTS = {
     "no bottleneck": {"bottleneck_layers": 0},
     "neither (plain)": {"bottleneck_layers": 0, **NO_WORDS},
     "two bottleneck layers": {"bottleneck_layers": 2},
-    "beta 0.001": {"beta": 0.001},
+    "beta 0.0003": {"beta": 0.0003},
+    "beta 0.01": {"beta": 0.01},
     "beta 0.1": {"beta": 0.1},
     "no warm-up of beta": {"beta_warmup": 1},
     "1 latent sample": {"value_samples": 1},
@@ -115,14 +115,14 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
     jobs += [
         Fit("vrpo", "VRPO", name, 0.2, seed, flags=tuple(parts[name].items())) for seed in seeds[:3] for name in parts
     ]
-    jobs += [
-        Fit("tuning", critic, text(flags), 0.2, 101, flags=tuple((START | flags).items()))
-        for critic in CRITICS
-        for flags in ({}, {"critic_learning_rate": 1e-3}, {"critic_lambda": 0.95}, *SEARCH[critic])
-    ]
-    jobs += [Fit("noise", critic, "", p, seed) for seed in seeds for p in rates[:3] for critic in list(CRITICS)[7:]]
     some = ("plain", "bottleneck", "VRPO", "DVPO")
-    jobs += [Fit("passes", critic, "", 0.2, seed, rollouts=1280, passes=4) for seed in seeds[:2] for critic in some]
+    jobs += [Fit("passes", critic, "", 0.2, seed, rollouts=1280, passes=4) for seed in seeds[:3] for critic in some]
+    jobs += [Fit("noise", critic, "", p, seed) for seed in seeds[:3] for p in rates[:2] for critic in list(CRITICS)[7:]]
+    jobs += [
+        Fit("tuning", critic, text(flags), 0.3, 101, flags=tuple(flags.items()))
+        for critic in CRITICS
+        for flags in (*COMMON, *SEARCH[critic])
+    ]
     return jobs
 
 
@@ -140,7 +140,7 @@ def digest(job: Fit, channel: str, model: str, dataset: str) -> str:
 
 
 def text(flags: dict) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "start"
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "default"
 
 
 @lru_cache(maxsize=2)
@@ -235,13 +235,16 @@ def measure(module, policy, critic, batch: dict, clean, observed, fresh, fitted,
     """On fresh episodes, over tokens: explained variance against clean returns (samples of the clean expected ones, so that even those
     would not reach 1); R^2 of the best line from value to clean return, which forgives the shrinking that a symmetric channel asks
     for; AUC of the last token's value for right against wrong; calibration, the mean distance in ten equal bins of the values
-    from what the channel makes of the clean rewards on average. On the last fitted episodes: the share of their reward
+    from what the channel makes of the clean rewards on average; the share of the variance of the advantages that the reward errors
+    make (1 - squared correlation with the advantages of the clean rewards). On the last fitted episodes: the share of their reward
     errors that the values reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
     seed_torch(args.seed, "measure")
     part = ppo.take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
-    values = module.score_tokens(policy, None, critic, part, args)["values"]
-    returns = right.unsqueeze(1).expand_as(values)
+    part |= module.score_tokens(policy, None, critic, part, args)
+    values, returns = part["values"], right.unsqueeze(1).expand_as(part["values"])
+    rewards = (ppo.place_rewards(x.unsqueeze(1), mask) for x in (observed[fresh], right))
+    advantages = [module.advantages_and_targets(x, part, args)[0] for x in rewards]
     last = values[ppo.turn_ends(mask)]
     wins = stats.mannwhitneyu(last[right == 1], last[right == 0]).statistic
     v, r = values[mask], returns[mask]
@@ -252,16 +255,26 @@ def measure(module, policy, critic, batch: dict, clean, observed, fresh, fitted,
         "r_squared": torch.corrcoef(torch.stack([v, r]))[0, 1].square().nan_to_num().item(),
         "auc": float(wins / ((right == 1).sum() * (right == 0).sum())),
         "calibration_error": torch.stack(bins).mean().item(),
+        "advantage_noise": ppo.advantage_noise(*advantages, mask),
     }
     part = ppo.take(batch, fitted)
     mask, seen, right = part["mask"], observed[fitted].unsqueeze(1), clean[fitted].unsqueeze(1)
     values = module.score_tokens(policy, None, critic, part, args)["values"]
     errors = (values - right) ** 2
     flipped = mask & ((seen - right).abs() > 0.5)
-    result["noise_fitted"] = 1 - ppo.noise_absorbed(values, seen, right, mask)
+    result["noise_fitted"] = noise_fitted(values, seen, right, mask)
     result["rmse_flipped"] = errors[flipped].mean().sqrt().item()
     result["rmse_unflipped"] = errors[mask & ~flipped].mean().sqrt().item()
     return result
+
+
+def noise_fitted(values, observed, clean, mask) -> float:
+    """cov(V, e) / var(e) over the masked tokens, e = observed - clean reward (B, 1), right and wrong answers apart, as errors go with the
+    outcome: 0 where the values know nothing of the errors, 1 where they repeat them. NaN where no reward is wrong."""
+    v, e, right = (x.expand_as(values)[mask] for x in (values, observed - clean, clean > 0.5))
+    for group in (right, ~right):
+        v[group], e[group] = v[group] - v[group].mean(), e[group] - e[group].mean()
+    return ((v * e).sum() / (e * e).sum()).item()
 
 
 def write_tokens(args: "Args") -> None:
@@ -360,7 +373,10 @@ def report(frame: pd.DataFrame, out: Path) -> None:
                 "rollouts",
                 "r_squared",
             )
-    for part, title in (("vrpo", "What each part of VRPO contributes, noise 0.2"), ("tuning", "Tuning, noise 0.2")):
+    for part, title in (
+        ("vrpo", "What each part of VRPO contributes, noise 0.2"),
+        ("tuning", "Tuning, noise 0.3, one seed"),
+    ):
         some = frame[(frame["part"] == part) & (frame["rollouts"] == 2560)]
         keys = ("explained_variance", "r_squared", "auc", "noise_fitted")
         rows = [

@@ -1,5 +1,6 @@
 """The offline study of critics: its fits are the scripts' own updates, its measures mean what they say."""
 
+import math
 import sys
 from collections import Counter
 
@@ -52,6 +53,8 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
 class Told:
     """A script whose critic says what it is told: values (B, T) of all episodes."""
 
+    advantages_and_targets = staticmethod(study.ppo.advantages_and_targets)
+
     def __init__(self, values):
         self.values = values
 
@@ -89,6 +92,30 @@ def test_measures():
     constant = measured(torch.full((400, 3), 0.4), clean, observed, fresh, fitted)
     assert constant["auc"] == 0.5 and constant["explained_variance"] == pytest.approx(0, abs=1e-6)
     assert constant["r_squared"] < 1e-6
+
+    flipped = clean[fresh], observed[fresh]
+    assert constant["advantage_noise"] == pytest.approx(
+        1 - torch.corrcoef(torch.stack(flipped))[0, 1].item() ** 2, abs=0.01
+    )
+
+
+def test_noise_fitted():
+    """Nothing of the errors is in a constant value, nor in one that knows the outcome, and a quarter in one that follows them by a quarter."""
+    torch.manual_seed(0)
+    clean = torch.randint(2, (400, 1)).float()
+    observed = torch.where(torch.rand(400, 1) < 0.25, 1 - clean, clean)
+    mask = torch.ones(400, 3, dtype=torch.bool)
+    mask[:, 1] = torch.rand(400) < 0.5
+    bad = torch.full((400, 3), float("nan"))
+
+    def fitted(values):
+        return study.noise_fitted(torch.where(mask, values.expand(400, 3), bad), observed, clean, mask)
+
+    assert fitted(observed - 0.4) == pytest.approx(1, abs=1e-5)
+    assert fitted(clean - 0.4) == pytest.approx(0, abs=1e-5)
+    assert fitted(0.25 * observed + clean) == pytest.approx(0.25, abs=1e-5)
+    assert fitted(torch.zeros(400, 1)) == 0
+    assert math.isnan(study.noise_fitted(observed.expand(400, 3), clean, clean, mask))
 
 
 def test_every_critic_is_tuned_with_the_same_effort():

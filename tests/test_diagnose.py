@@ -27,7 +27,7 @@ GOOD = {
     "losses/clipfrac": line(0.01, 0.03),
     "losses/value": line(1.0, 0.7),
     "critic/explained_variance": line(0.0, 0.15),
-    "critic/noise_absorbed": line(0.4, 0.45),
+    "objective/advantage_noise": line(0.65, 0.75),
     "critic/advantage_std": line(0.45, 0.4),
     "vrpo/ib_kl": line(0.0, 3.0),
     "vrpo/latent_std": line(1.0, 0.9),
@@ -79,7 +79,7 @@ def test_a_sound_run_is_left_in_peace(findings, tmp_path):
     ("answers grow without getting better", None, {}, {"charts__response_length": line(20, 60), "reward__clean": line(0.5, 0.49)}),
     ("the reward is being exploited", None, {}, {"reward__clean": line(0.5, 0.3), "eval__accuracy": []}),
     ("performance fell after a peak", 10, {}, {"eval__accuracy": [0.7, 0.6, 0.5]}),
-    ("the advantages are mostly noise", 1, {}, {"critic__noise_absorbed": line(0.0, 0.0), "critic__advantage_std": line(0.45, 0.45)}),
+    ("the advantages are mostly noise", 1, {}, {"objective__advantage_noise": line(0.92, 0.96)}),
     ("exploration is gone", None, {}, {"objective__entropy": [0.4] * 8 + [0.01] * 22}),
     ("groups teach nothing", None, {}, {"grpo__zero_variance_groups": line(0.5, 1.0)}),
     ("the policy's steps are too large", None, {}, {"losses__clipfrac": line(0.1, 0.5)}),
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_not_judged(findings):
     short = {key.replace("/", "__"): values[:4] for key, values in GOOD.items() if key != "eval/accuracy"}
     assert findings(**short | {"reward__youden_j": [0.0] * 4}, eval__accuracy=[]) == []
     blank = [""] * UPDATES
-    changed = {"reward__clean": blank, "reward__youden_j": blank, "critic__noise_absorbed": blank}
+    changed = {"reward__clean": blank, "reward__youden_j": blank, "objective__advantage_noise": blank}
     assert findings(charts__response_length=line(20, 60), **changed) == []
     assert findings({"reward_model": "assets/tiny_reward"}, reward__youden_j=line(-0.2, -0.2)) == []
     assert findings({"bottleneck_layers": 0}, vrpo__ib_kl=line(0, 0), vrpo__latent_std=line(1, 1)) == []

@@ -1,6 +1,7 @@
 """Masks, reward placement, advantages and losses by tiny cases computed by hand."""
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import pytest
@@ -187,26 +188,22 @@ def test_explained_variance():
     )
 
 
-def test_noise_absorbed():
-    """Of a constant critic's advantages nothing is absorbed, of a perfect or calibrated one's with lambda 0 everything."""
-    torch.manual_seed(0)
-    clean = torch.randint(2, (400, 1)).float()
-    observed = torch.where(torch.rand(400, 1) < 0.25, 1 - clean, clean)
-    mask = torch.ones(400, 3, dtype=torch.bool)
-    mask[:, 1] = torch.rand(400) < 0.5
-    bad = torch.full((400, 3), float("nan"))
-
-    def absorbed(advantages):
-        return ppo.noise_absorbed(torch.where(mask, advantages.expand(400, 3), bad), observed, clean, mask)
-
-    assert absorbed(observed - 0.4) == pytest.approx(0, abs=1e-5)
-    assert absorbed(observed - (0.2 + 0.6 * clean)) == pytest.approx(
-        0, abs=1e-5
-    )  # a good critic does not see flips either
-    assert absorbed(clean - 0.4) == pytest.approx(1, abs=1e-5)
-    assert absorbed(0.25 * observed + clean) == pytest.approx(0.75, abs=1e-5)
-    assert absorbed(torch.zeros(400, 1)) == 1
-    assert math.isnan(ppo.noise_absorbed(observed - 0.4, clean, clean, torch.ones(400, 1, dtype=torch.bool)))
+def test_advantage_noise():
+    """Advantages of rewards 0 and 1 under a flip rate p and a constant critic: of their variance 1 - (1 - 2p)^2 comes from the flips."""
+    mask = torch.ones(10, 2, dtype=torch.bool)
+    mask[3, 1] = mask[7, 1] = False
+    clean = torch.tensor([1.0, 0.0] * 5).unsqueeze(1)
+    observed = clean.clone()
+    observed[:2] = 1 - observed[:2]  # one right and one wrong answer of ten: p = 0.2
+    whole = torch.ones_like(mask)
+    assert ppo.advantage_noise(observed.expand(10, 2), clean.expand(10, 2), whole) == pytest.approx(1 - 0.6**2)
+    bad = torch.where(mask, observed - 0.4, torch.nan)
+    pairs = [x.expand(10, 2)[mask].tolist() for x in (observed, clean)]
+    assert ppo.advantage_noise(bad, clean.expand(10, 2), mask) == pytest.approx(1 - statistics.correlation(*pairs) ** 2)
+    assert ppo.advantage_noise(3 * clean.expand(10, 2) - 1, clean.expand(10, 2), mask) == pytest.approx(
+        0
+    )  # scale, shift
+    assert math.isnan(ppo.advantage_noise(torch.ones(10, 2), clean.expand(10, 2), mask))
 
 
 # ---- GRPO ----

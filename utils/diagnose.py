@@ -176,17 +176,13 @@ def collapse(run: History) -> Finding | None:
 
 
 def noisy_advantages(run: History) -> Finding | None:
-    """Most of the variance of the advantages comes from the errors of the reward, not from the outcomes."""
-    keys = ("critic/noise_absorbed", "critic/advantage_std", "reward/flip_rate")
-    if not run.has(*keys):
+    """Nearly all of the variance of the advantages comes from the errors of the reward, not from the outcomes."""
+    key = "objective/advantage_noise"
+    if not run.has(key) or run.late(key) < 0.9:
         return None
-    absorbed, std, rate = (run.late(key) for key in keys)
-    share = ((1 - absorbed) ** 2 * rate * (1 - rate)) / max(std, 1e-6) ** 2
-    if share < 0.6:
-        return None
-    text = f"flipped rewards make {share:.0%} of the variance of the advantages over the last third of the run"
-    advice = "a lower --gae-lambda, more --prompts-per-update, a critic that explains more"
-    return Finding("the advantages are mostly noise", text, next(iter(run.metrics[keys[1]])), advice)
+    text = f"the reward's errors make {run.late(key):.0%} of the variance of the advantages over the last third of the run ({key})"
+    advice = "a lower --noise-rate or another --reward-model; if there is none, more --prompts-per-update"
+    return Finding("the advantages are mostly noise", text, run.since(key, lambda x: x >= 0.9), advice)
 
 
 def dead_entropy(run: History) -> Finding | None:
