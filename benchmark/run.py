@@ -1,0 +1,293 @@
+"""Runs named experiments: methods x noise arms x seeds, in parallel workers of one thread each, one tidy CSV for each experiment.
+
+    python benchmark/run.py --list                           # what there is, and how long it takes on two cores
+    python benchmark/run.py noise_grid                       # can be stopped and continued at any moment
+    python benchmark/run.py noise_grid --methods PPO VRPO --arms "symmetric 0.2" --seeds 1
+    python benchmark/run.py noise_grid --commands            # the commands, to run by hand
+    python benchmark/report.py                               # tables and figures, from the CSVs alone
+
+benchmark/results/<experiment>.csv has a row for each run and evaluation; training metrics in it are means over the updates since the
+evaluation before. A run whose rows are there, made with the same flags, is skipped, be it under another name or in another
+experiment; one that was stopped goes on from its newest checkpoint.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from experiments import EXPERIMENTS, Experiment  # noqa: E402
+
+from utils.errors import stop  # noqa: E402
+from utils.run import write_atomically  # noqa: E402
+from utils.tasks import DEFAULTS  # noqa: E402
+
+RESULTS = ROOT / "benchmark" / "results"
+RUNS = ROOT / "runs" / "benchmark"
+METRICS = (
+    "eval/accuracy", "eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/response_length",
+    "reward/clean", "reward/observed", "reward/flip_rate", "reward/youden_j", "charts/response_length", "objective/entropy",
+    "objective/kl_ref", "objective/advantage_noise", "critic/explained_variance", "critic/explained_variance_clean",
+    "vrpo/ib_kl", "vrpo/latent_std", "grpo/zero_variance_groups", "sampled/impatient",
+)  # fmt: skip
+KEY = ["method", "arm", "seed", "digest"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an experiment."""
+
+    experiment: str
+    method: str
+    arm: str
+    seed: int
+
+    @property
+    def script(self) -> str:
+        return EXPERIMENTS[self.experiment].methods[self.method].script
+
+    @property
+    def flags(self) -> dict:
+        """The flags that are given to the script."""
+        e = EXPERIMENTS[self.experiment]
+        given = e.flags | e.methods[self.method].flags | e.arms[self.arm] | e.extra.get((self.method, self.arm), {})
+        return given | {"seed": self.seed}
+
+    @property
+    def command(self) -> list[str]:
+        words = [word for key, value in self.flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return [f"{self.script}.py", *words]
+
+    @property
+    def digest(self) -> str:
+        return digest(self.script, tuple(self.flags.items()))
+
+    @property
+    def key(self) -> tuple:
+        return self.method, self.arm, self.seed, self.digest
+
+    @property
+    def folder(self) -> Path:
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.method} {self.arm} {self.seed}".lower())
+        return RUNS / self.experiment / f"{name}-{self.digest}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+@cache
+def digest(script: str, flags: tuple) -> str:
+    """Of a script and all its flags, the defaults too: what a run depends on but the code."""
+    given = dict(flags)
+    args = importlib.import_module(script).Args(**{**DEFAULTS[given.get("task", "math")], **given})
+    words = json.dumps([script, {key: str(value) for key, value in vars(args).items()}], sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()[:10]
+
+
+def jobs_of(name: str, seeds: tuple[int, ...] = ()) -> list[Job]:
+    """All runs of an experiment, a seed after the other, so that what is stopped is still paired."""
+    e = EXPERIMENTS[name]
+    return [Job(name, method, arm, seed) for seed in seeds or e.seeds for arm in e.arms for method in e.methods]
+
+
+def results(name: str) -> pd.DataFrame:
+    """The rows of an experiment; none if it has not been run."""
+    file = RESULTS / f"{name}.csv"
+    return pd.read_csv(file, dtype={"digest": str}) if file.exists() else pd.DataFrame(columns=KEY)
+
+
+def read_rows(job: Job) -> list[dict]:
+    """A finished run's evaluations, with means of the training metrics since the one before; none if it has not finished."""
+    file = job.folder / "metrics.csv"
+    if not file.exists():
+        return []
+    frame = pd.read_csv(file)
+    frame["seconds"] = frame[["time/rollout", "time/score", "time/update"]].sum(axis=1)
+    evaluated = frame["eval/response_length"].notna()
+    if frame["update"].iloc[-1] < json.loads((job.folder / "args.json").read_text())["updates"]:
+        return []
+    names = [name for name in METRICS if name in frame]
+    spans = evaluated[::-1].cumsum()[::-1]  # the same number from after an evaluation to the next
+    means, seconds = frame.groupby(spans)[names].mean(), frame.groupby(spans)["seconds"].sum()
+    rows = []
+    for i in frame.index[evaluated]:
+        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest}
+        row |= {key: int(frame[column][i]) for key, column in (("update", "update"), ("episodes", "charts/episodes"))}
+        rows.append(row | means.loc[spans[i]].to_dict() | {"seconds": seconds[spans[i]]})
+    return rows
+
+
+class Workers:
+    """Runs jobs as processes of one thread each, and can ask all that are running to save and stop."""
+
+    def __init__(self):
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def run(self, job: Job) -> list[dict]:
+        """The rows of a run, after making or finishing it."""
+        if not (rows := read_rows(job)) and not self.stopping:
+            where = ["--run-name", str(job.folder.relative_to(ROOT / "runs"))]
+            if (job.folder / "args.json").exists():
+                where = ["--resume", str(job.folder)]
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            with job.log.open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, *job.command, *where], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+            self.running.add(process)
+            process.wait()
+            self.running.discard(process)
+            rows = read_rows(job)
+            if process.returncode and not self.stopping:
+                raise RuntimeError(f"{shlex.join(job.command)}: see {job.log}")
+        return rows
+
+    def stop(self) -> None:
+        self.stopping = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGTERM)
+
+
+def save(name: str, rows: list[dict]) -> None:
+    """Add rows to an experiment's CSV, in the order of the experiment."""
+    frame = pd.concat([results(name), pd.DataFrame(rows)], ignore_index=True)
+    order = {job.key: i for i, job in enumerate(jobs_of(name, tuple(sorted(set(frame["seed"])))))}
+    rank = [order.get(key, len(order)) for key in frame[KEY].itertuples(index=False, name=None)]
+    frame = frame.assign(rank=rank).sort_values(["rank", "update"], kind="stable").drop(columns="rank")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomically(RESULTS / f"{name}.csv", frame.to_csv(index=False, float_format="%.5g"))
+
+
+def reuse(jobs: list[Job]) -> list[Job]:
+    """Take over the rows of runs that were made, with the same flags, under another name; returns the jobs that are left."""
+    made: dict[str, pd.DataFrame] = {}
+    for name in EXPERIMENTS:
+        made |= dict(tuple(results(name).groupby("digest")))
+    left, names = [], {job.experiment for job in jobs}
+    done = {name: set(results(name)[KEY].itertuples(index=False, name=None)) for name in names}
+    taken: dict[str, list[dict]] = {}
+    for job in jobs:
+        if job.key in done[job.experiment]:
+            continue
+        if job.digest in made:
+            rows = made[job.digest].drop_duplicates("update")
+            rows = rows.assign(method=job.method, arm=job.arm, seed=job.seed)
+            taken.setdefault(job.experiment, []).extend(rows.to_dict("records"))
+        else:
+            left.append(job)
+    for name, rows in taken.items():
+        save(name, rows)
+    return left
+
+
+def listing(console: Console) -> None:
+    table = Table("experiment", "what varies", "runs", "done", "hours left on two cores")
+    digests = {key for name in EXPERIMENTS for key in results(name)["digest"]}
+    for name, e in EXPERIMENTS.items():
+        jobs = jobs_of(name)
+        left = {job.digest for job in jobs} - digests
+        done = sum(job.digest in digests for job in jobs)
+        table.add_row(name, e.about, str(len(jobs)), str(done), f"{len(left) * e.seconds / 2 / 3600:.1f}")
+    console.print(table)
+
+
+def chosen(name: str, args: "Args") -> list[Job]:
+    e: Experiment = EXPERIMENTS[name]
+    for flag, wanted, known in (("methods", args.methods, e.methods), ("arms", args.arms, e.arms)):
+        if unknown := set(wanted) - set(known):
+            stop(f"--{flag} {' '.join(map(repr, sorted(unknown)))}: {name} has {', '.join(known)}")
+    return [
+        job
+        for job in jobs_of(name, args.seeds)
+        if (not args.methods or job.method in args.methods) and (not args.arms or job.arm in args.arms)
+    ]
+
+
+@dataclass
+class Args:
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = field(default_factory=tuple)
+    """names of experiments"""
+    list: bool = False
+    """what there is"""
+    methods: tuple[str, ...] = ()
+    """only these"""
+    arms: tuple[str, ...] = ()
+    """only these"""
+    seeds: tuple[int, ...] = ()
+    """instead of the experiment's"""
+    workers: int = 2
+    """runs at a time"""
+    commands: bool = False
+    """only print the commands"""
+
+
+def main(args: Args) -> None:
+    console = Console(stderr=not args.list)
+    if args.list:
+        return listing(console)
+    if not args.experiments or set(args.experiments) - set(EXPERIMENTS):
+        stop(f"which experiment? There are {', '.join(EXPERIMENTS)} (--list says more)")
+    jobs = [job for name in args.experiments for job in chosen(name, args)]
+    if args.commands:
+        print("\n".join(shlex.join(["python", *job.command]) for job in jobs))
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    workers, failed = Workers(), []
+    progress = Progress(
+        TextColumn("runs"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, speed_estimate_period=8 * 3600,
+    )  # fmt: skip
+    with progress, ThreadPoolExecutor(args.workers) as pool:
+        left = reuse(jobs)
+        same: dict[str, list[Job]] = {}
+        for job in left:
+            same.setdefault(job.digest, []).append(job)
+        bar = progress.add_task("", total=len(same))
+        futures = {pool.submit(workers.run, group[0]): group for group in same.values()}
+        try:
+            for future in as_completed(futures):
+                job = futures[future][0]
+                if future.exception():
+                    failed.append(str(future.exception()))
+                    continue
+                for twin in futures[future]:
+                    names = {"method": twin.method, "arm": twin.arm, "seed": twin.seed}
+                    save(twin.experiment, [row | names for row in future.result()])
+                shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+                key = "eval/average" if "eval/average" in future.result()[-1] else "eval/accuracy"
+                first, last = (future.result()[i][key] for i in (0, -1))
+                console.print(f"{job.experiment}: {job.method}, {job.arm}, seed {job.seed}: {first:.3f} to {last:.3f}")
+                progress.advance(bar)
+        except KeyboardInterrupt:
+            workers.stop()
+            pool.shutdown(cancel_futures=True)
+            stop("stopped; the same command goes on from here")
+    if failed:
+        stop("\n".join(failed))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main(tyro.cli(Args, description=__doc__))
