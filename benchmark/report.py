@@ -46,39 +46,36 @@ TITLES = {
 # ==== Statistics ======================================================================================================
 
 
-def iqm(x: np.ndarray) -> float:
+def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
     """Inter-quartile mean: of the middle half of the runs."""
-    return float(stats.trim_mean(x, 0.25))
+    return stats.trim_mean(x, 0.25, axis=axis)
 
 
-def bootstrap(samples: list[np.ndarray], statistic: Callable = iqm) -> tuple[float, float, float]:
-    """`statistic` of all samples together and its 95 % percentile interval, resampling within each; no interval for single runs."""
-    whole = statistic(np.concatenate(samples))
-    if min(map(len, samples)) < 2:
-        return whole, float("nan"), float("nan")
-    result = stats.bootstrap(
-        samples, lambda *xs: statistic(np.concatenate(xs)), vectorized=False, n_resamples=2000, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return whole, float(result.low), float(result.high)
+def resampled(samples: list[np.ndarray], statistic: Callable) -> tuple[float, float, float]:
+    """`statistic(*samples)` over the last axis, and its 95 % percentile interval, resampling within each sample; NaN for an interval where
+    one of them has a single run."""
+    whole, low, high = statistic(*samples), float("nan"), float("nan")
+    if min(map(len, samples)) > 1:
+        random = np.random.default_rng(0)
+        options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "axis": -1, "rng": random}
+        low, high = stats.bootstrap(samples, lambda *xs, axis=-1: statistic(*xs), **options).confidence_interval
+    return float(whole), float(low), float(high)
+
+
+def bootstrap(samples: list[np.ndarray]) -> tuple[float, float, float]:
+    """Inter-quartile mean of all samples together, and its interval."""
+    return resampled(samples, lambda *xs: iqm(np.concatenate(xs, axis=-1)))
 
 
 def improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
-    """P(X > Y) + P(X = Y) / 2 over all pairs of runs, averaged over arms, and its 95 % bootstrap interval; `pairs` has for each arm the
-    runs of X and of Y."""
-    arms = len(pairs)
+    """P(X > Y) + P(X = Y) / 2 over all pairs of runs, averaged over arms, and its interval; `pairs` has for each arm the runs of X and
+    of Y."""
 
-    def probability(*samples) -> float:
-        wins = [np.sign(np.subtract.outer(x, y)).mean() for x, y in zip(samples[:arms], samples[arms:], strict=True)]
-        return 0.5 + 0.5 * float(np.mean(wins))
+    def probability(*xs: np.ndarray) -> np.ndarray:
+        arms = zip(xs[: len(pairs)], xs[len(pairs) :], strict=True)
+        return 0.5 + 0.5 * np.mean([np.sign(x[..., :, None] - y[..., None, :]).mean((-2, -1)) for x, y in arms], axis=0)
 
-    samples = [x for x, _ in pairs] + [y for _, y in pairs]
-    if min(map(len, samples)) < 2:
-        return probability(*samples), float("nan"), float("nan")
-    result = stats.bootstrap(
-        samples, probability, vectorized=False, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return probability(*samples), float(result.low), float(result.high)
+    return resampled([x for x, _ in pairs] + [y for _, y in pairs], probability)
 
 
 def paired(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
@@ -113,7 +110,8 @@ def by_run(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each run: start, last and peak score, and the training metrics of the last span between evaluations."""
     groups = frame.sort_values("update").groupby(["arm", "method", "seed"], sort=False)
     runs = groups.last()
-    return runs.assign(start=groups["score"].first(), last=groups["score"].last(), peak=groups["score"].max())
+    runs = runs.assign(start=groups["score"].first(), last=groups["score"].last(), peak=groups["score"].max())
+    return runs.sort_index()
 
 
 def ordered(name: str, runs: pd.DataFrame) -> tuple[list[str], list[str]]:

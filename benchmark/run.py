@@ -42,7 +42,7 @@ from utils.run import write_atomically  # noqa: E402
 from utils.tasks import DEFAULTS  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
-RUNS = ROOT / "runs" / "benchmark"
+RUNS = Path("runs") / "benchmark"
 METRICS = (
     "eval/accuracy", "eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/response_length",
     "reward/clean", "reward/observed", "reward/flip_rate", "reward/youden_j", "charts/response_length", "objective/entropy",
@@ -147,13 +147,13 @@ class Workers:
     def run(self, job: Job) -> list[dict]:
         """The rows of a run, after making or finishing it."""
         if not (rows := read_rows(job)) and not self.stopping:
-            where = ["--run-name", str(job.folder.relative_to(ROOT / "runs"))]
+            where = ["--run-name", str(job.folder.relative_to("runs"))]
             if (job.folder / "args.json").exists():
                 where = ["--resume", str(job.folder)]
             job.folder.parent.mkdir(parents=True, exist_ok=True)
             with job.log.open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, *job.command, *where], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                    [sys.executable, str(ROOT / job.command[0]), *job.command[1:], *where], stdout=log, stderr=log, start_new_session=True,
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
             self.running.add(process)

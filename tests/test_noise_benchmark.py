@@ -1,0 +1,233 @@
+"""The noise benchmark: its experiments are what they say, its runs can be stopped, and its report's numbers are right."""
+
+import csv
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.conftest import ROOT
+from utils.run import check_flags
+from utils.tasks import DEFAULTS
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import experiments  # noqa: E402
+import report  # noqa: E402
+import run as bench  # noqa: E402
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_every_run_of_an_experiment_has_valid_flags(name):
+    jobs = bench.jobs_of(name)
+    assert len({job.key for job in jobs}) == len(jobs) == len({job.folder for job in jobs})
+    for job in jobs[: len(jobs) // len(experiments.EXPERIMENTS[name].seeds)]:
+        module = importlib.import_module(job.script)
+        check_flags(module.Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
+    paired = [
+        {k: v for k, v in job.flags.items() if k in ("noise", "seed", "updates", "prompts_per_update")} for job in jobs
+    ]
+    per_arm = {(job.arm, job.seed): flags for job, flags in zip(jobs, paired, strict=True)}
+    assert all(per_arm[job.arm, job.seed] == flags for job, flags in zip(jobs, paired, strict=True))
+
+
+def test_the_grid():
+    e = experiments.EXPERIMENTS["noise_grid"]
+    assert len(e.methods) >= 9 and len(e.arms) >= 8 and len(e.seeds) >= 5 and "coin" in e.arms and "no noise" in e.arms
+    assert {method.script for method in e.methods.values()} == {
+        "ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline",
+    }  # fmt: skip
+    # methods differ in every arm, but a correction for no errors is none
+    for arm in e.arms:
+        digests = [job.digest for job in bench.jobs_of("noise_grid", (1,)) if job.arm == arm]
+        assert len(set(digests)) == len(digests) - (arm == "no noise")
+    for arm in ("false positives", "false negatives", "symmetric 0.2"):
+        flags = e.arms[arm]
+        rates = [flags.get(f"false_{sign}_rate", flags.get("noise_rate")) for sign in ("positive", "negative")]
+        assert 1 - sum(rates) == pytest.approx(0.6)  # the same J
+        assert list(e.extra["corrected GRPO", arm].values()) == rates
+    assert not set(experiments.EXPERIMENTS["tuning"].seeds) & set(e.seeds)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, small_flags):
+    """Two experiments of small runs that share one of them, with folders of their own."""
+    flags = small_flags | {"updates": 3, "eval_every": 2}
+    method, arms = experiments.Method, {"a": {"noise": "none"}, "b": {"noise_rate": 0.3}}
+    both = {
+        "one": experiments.Experiment("", flags, {"PPO": method("ppo_baseline")}, arms, (1,)),
+        "two": experiments.Experiment("", flags, {"my PPO": method("ppo_baseline")}, arms, (1,)),
+        "whole": experiments.Experiment("", flags, {"PPO": method("ppo_baseline")}, arms, (1,)),
+    }
+    for module in (bench, report):
+        monkeypatch.setattr(module, "EXPERIMENTS", both)
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield flags
+    signal.signal(signal.SIGTERM, handler)
+
+
+def read(file):
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_main, tmp_path):
+    """Interrupted in the middle of a run and continued, its rows are those of one go. A run under two names is made once."""
+    tiny["updates"] = 14
+    job = bench.jobs_of("one")[0]
+    saved = job.folder / "checkpoints"
+
+    def interrupt():
+        while not saved.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        bench.main(bench.Args(("one",), workers=1))
+    thread.join()
+    assert not (tmp_path / "results").exists()
+    assert 1 < len((job.folder / "metrics.csv").read_text().splitlines()) - 1 < 14  # it had saved and left
+    bench.main(bench.Args(("one", "two"), arms=("a",)))
+    rows = read(tmp_path / "results" / "one.csv")
+    assert [(row["arm"], int(row["update"])) for row in rows] == [("a", n) for n in range(0, 15, 2)]
+    assert not saved.exists()
+    other = read(tmp_path / "results" / "two.csv")
+    assert [{**row, "method": "PPO"} for row in other] == rows
+    monkeypatch.setattr(bench, "RUNS", bench.RUNS / "in one go")
+    whole = run_main("ppo_baseline", **job.flags, run_name=str(job.folder.relative_to("runs")))
+    assert whole == tmp_path / job.folder
+    bench.save("whole", bench.read_rows(job))
+    assert read(tmp_path / "results" / "whole.csv") == rows
+    # all is there: nothing is run
+    monkeypatch.setattr(bench.Workers, "run", None)
+    bench.main(bench.Args(("one", "two"), arms=("a",)))
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path):
+    arms = {"a": {}, "b": {"dataset": "nowhere"}}
+    monkeypatch.setitem(bench.EXPERIMENTS, "one", replace(bench.EXPERIMENTS["one"], arms=arms))
+    with pytest.raises(SystemExit, match=r"--dataset nowhere.*: see .*\.log"):
+        bench.main(bench.Args(("one",)))
+    assert {row["arm"] for row in read(tmp_path / "results" / "one.csv")} == {"a"}
+
+
+def test_training_metrics_are_means_since_the_evaluation_before(tiny, tmp_path):
+    job = bench.jobs_of("one")[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "args.json").write_text('{"updates": 4}')
+    lines = [
+        "update,charts/episodes,eval/response_length,eval/accuracy,reward/clean,time/rollout,time/score,time/update"
+    ]
+    lines += ["0,0,9,0.1,,,,", "1,8,,,0.2,1,1,1", "2,16,,,0.4,1,1,1", "3,24,9,0.5,0.6,1,1,2", "4,32,8,0.7,0.9,1,1,1"]
+    file = job.folder / "metrics.csv"
+    file.write_text("\n".join(lines[:-1]))
+    assert bench.read_rows(job) == []  # not yet finished
+    file.write_text("\n".join(lines))
+    rows = bench.read_rows(job)
+    assert [row["update"] for row in rows] == [0, 3, 4] and [row["episodes"] for row in rows] == [0, 24, 32]
+    assert [row["eval/accuracy"] for row in rows] == [0.1, 0.5, 0.7] and [row["seconds"] for row in rows] == [0, 10, 3]
+    assert rows[1]["reward/clean"] == pytest.approx(0.4) and rows[2]["reward/clean"] == 0.9
+
+
+def test_wrong_names(tiny):
+    for args in (bench.Args(), bench.Args(("grid",))):
+        with pytest.raises(SystemExit, match="There are one, two, whole"):
+            bench.main(args)
+    with pytest.raises(SystemExit, match="--arms 'c': one has a, b"):
+        bench.main(bench.Args(("one",), arms=("c",)))
+
+
+# ---- the report ----
+
+
+def test_statistics_by_hand():
+    assert report.iqm(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == 2.0  # the middle three of five
+    middle, low, high = report.bootstrap([np.array([1.0, 2.0, 3.0, 4.0, 5.0])])
+    assert middle == 3 and 1 <= low < 3 < high <= 5
+    assert report.bootstrap([np.array([0.4])])[1] != report.bootstrap([np.array([0.4])])[1]  # one run, no interval
+    # resampling within arms: between two constant arms there is nothing to resample
+    assert report.bootstrap([np.full(4, 0.2), np.full(4, 0.4)]) == pytest.approx((0.3, 0.3, 0.3))
+    x, y = np.array([3.0, 4.0]), np.array([1.0, 3.0])
+    assert report.improvement([(x, y)])[0] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    assert report.improvement([(x, y), (y, x)])[0] == pytest.approx(0.5)
+    a, b = (pd.Series(values, index=[1, 2, 3, 4]) for values in ([1.0, 2.0, 3.0, 9.0], [0.0, 0.0, 0.0, np.nan]))
+    mean, low, high = report.paired(a, b)  # of 1, 2, 3: 2 +- 4.303 / sqrt(3)
+    assert mean == 2 and (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert [report.verdict(*pair) for pair in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2))] == [
+        "better",
+        "worse",
+        "not told apart",
+    ]
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """A grid with made-up results: VRPO gains 0.3, PPO 0.1 but peaks at 0.9 before, GRPO the same as VRPO with more noise between seeds."""
+    rows = []
+    for job in bench.jobs_of("noise_grid", (1, 2, 3)):
+        wobble = 0.01 * job.seed
+        curve = {"VRPO": (0.45, 0.6, 0.75 + wobble), "PPO": (0.45, 0.9, 0.55 + wobble)}.get(
+            job.method, (0.45, 0.6, 0.75 - 0.05 * (-1) ** job.seed)
+        )
+        for n, accuracy in enumerate(curve):
+            rows.append(
+                dict(zip(bench.KEY, job.key, strict=True))
+                | {"update": 10 * n, "episodes": 1280 * n, "eval/accuracy": accuracy}
+            )
+    (tmp_path / "results").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "results" / "noise_grid.csv", index=False)
+    for module in (bench, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return tmp_path / "results" / "noise_grid.csv"
+
+
+def test_report_of_a_grid(made_up, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- noise_grid -->\nstale\n<!-- /noise_grid -->\nbelow\n")
+    report.main(report.Args(("noise_grid",), readme))
+    text = readme.read_text()
+    assert (
+        text.startswith("above\n<!-- noise_grid -->\n")
+        and text.endswith("<!-- /noise_grid -->\nbelow\n")
+        and "stale" not in text
+    )
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) | not told apart |"
+    assert rows["symmetric 0.2"] == expected
+    lost = text.split("Lost since the peak:")[1]
+    assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
+    overall = text.split("Over all arms but coin:")[1]
+    assert "| VRPO | 0.770 (0.765 to 0.775) | 1.000 (1.000 to 1.000) |" in overall
+    picture = (tmp_path / "results" / "noise_grid.png").read_bytes()
+    assert len(picture) > 20000
+    report.main(report.Args((), readme))
+    assert readme.read_text() == text  # made again, the same
+
+
+def test_rows_of_other_flags_are_left_out(made_up):
+    pd.read_csv(made_up).assign(digest="other").to_csv(made_up, index=False)
+    assert report.report("noise_grid") is None
+
+
+def test_the_readme_has_the_tables_of_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    for name in experiments.EXPERIMENTS:
+        frame = report.load(name)
+        if f"<!-- {name} -->" in text:
+            runs = report.by_run(frame)
+            tables = (
+                report.grid_tables(name, runs)
+                if len(experiments.EXPERIMENTS[name].arms) > 3
+                else report.plain_table(name, runs)
+            )
+            assert report.insert(text, name, tables) == text
