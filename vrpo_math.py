@@ -348,13 +348,16 @@ class Critic(nn.Module):
     def __init__(self, policy, args: Args):
         super().__init__()
         self.backbone = twin(policy.get_decoder()) if args.critic_backbone == "separate" else None
-        # VRPO: h -> (mu, log sigma) -> z, once for every bottleneck layer. Starting near the prior keeps the KL's
-        # gradient from drowning the value's.
+        # VRPO: h -> (mu, log sigma) -> z, once for every bottleneck layer. It starts open, with mu of order 1 and sigma = 1/e,
+        # and closes as beta rises: near the prior the value's gradient would drown in the code's noise.
         width, self.encoders = policy.lm_head.in_features, nn.ModuleList()
         for _ in range(args.bottleneck_layers):
             self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
-            nn.init.normal_(self.encoders[-1].weight, std=0.3 * width**-0.5)
-            nn.init.zeros_(self.encoders[-1].bias)
+            (to_mu, to_log_sigma), (mu, log_sigma) = (x.chunk(2) for x in self.encoders[-1].parameters())
+            nn.init.normal_(to_mu, std=width**-0.5)
+            nn.init.zeros_(to_log_sigma)
+            nn.init.zeros_(mu)
+            nn.init.constant_(log_sigma, -1.0)
             width = args.latent_dim
         # VRPO: the decoder is an MLP of two layers; without a bottleneck it is PPO's linear head.
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU()) if self.encoders else nn.Identity()

@@ -113,12 +113,12 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
     jobs += [Fit("vrpo", "VRPO", name, 0.2, seed, flags=tuple(f.items())) for seed in seeds[:3] for name, f in parts]
     some = ("plain", "bottleneck", "VRPO", "DVPO")
     jobs += [Fit("passes", critic, "", 0.2, seed, rollouts=1280, passes=4) for seed in seeds[:3] for critic in some]
-    jobs += [Fit("noise", critic, "", p, seed) for seed in seeds[:3] for p in rates[:2] for critic in list(CRITICS)[7:]]
     jobs += [
         Fit("tuning", critic, text(flags), 0.3, 101, flags=tuple(flags.items()))
         for critic in CRITICS
         for flags in (*COMMON, *SEARCH[critic])
     ]
+    jobs += [Fit("noise", critic, "", p, seed) for seed in seeds[:3] for p in rates[:2] for critic in list(CRITICS)[7:]]
     return jobs
 
 

@@ -134,11 +134,39 @@ EXPERIMENTS = {
         | methods("VRPO", "DVPO", "robust PPO"),
         SYMMETRIC,
     ),
+    "gae_lambda": Experiment(
+        "how far the critic's word replaces the noisy reward in the advantages",
+        SMALL,
+        {
+            f"{name}, lambda {value:g}": Method(METHODS[name].script, {"gae_lambda": value})
+            for name in ("PPO", "VRPO")
+            for value in (0.5, 0.9, 0.95, 1.0)
+        },
+        SYMMETRIC,
+    ),
     "critic_warmup": Experiment(
         "first updates that train the critic alone",
         SMALL,
         {f"{name}, warm-up {n}": Method(METHODS[name].script, {"critic_warmup": n}) for name in ("PPO", "VRPO") for n in (0, 5)},
         SYMMETRIC,
+    ),
+    "failures": Experiment(
+        "runs that are bound to fail, and two sound ones, for utils/diagnose.py (--keep tests/recorded)",
+        SMALL | SYMMETRIC["symmetric 0.2"],
+        {
+            "sound PPO": Method("ppo_baseline"),
+            "sound VRPO": Method("vrpo_math"),
+            "beta 10": Method("vrpo_math", {"beta": 10.0, "beta_warmup": 1}),
+            "token ratio 0.01": Method("vrpo_math", {"token_ratio": 0.01}),
+            "noise 0.45": Method("ppo_baseline", {"noise_rate": 0.45}),
+            "length-biased reward": Method("ppo_baseline", {"noise": "length", "noise_rate": 1.0, "learning_rate": 3e-4}),
+            "policy steps too large": Method("ppo_baseline", {"learning_rate": 3e-3}),
+            "critic steps too large": Method("ppo_baseline", {"critic_learning_rate": 0.1, "head_learning_rate": 1.0}),
+            "answers cut off": Method("ppo_baseline", {"max_new_tokens": 16}),
+            "nothing to compare": Method(GRPO, {"temperature": 0.1}),
+        },
+        {"once": {}},
+        (1,),
     ),
     "science_methods": Experiment(
         "the methods on science questions",

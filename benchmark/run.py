@@ -86,9 +86,12 @@ class Job:
         return self.method, self.arm, self.seed, self.digest
 
     @property
+    def name(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self.method} {self.arm} {self.seed}".lower())
+
+    @property
     def folder(self) -> Path:
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.method} {self.arm} {self.seed}".lower())
-        return RUNS / self.experiment / f"{name}-{self.digest}"
+        return RUNS / self.experiment / f"{self.name}-{self.digest}"
 
     @property
     def log(self) -> Path:
@@ -239,6 +242,8 @@ class Args:
     """instead of the experiment's"""
     workers: int = 2
     """runs at a time"""
+    keep: Path | None = None
+    """copy args.json and metrics.csv of every run that is made to a folder here"""
     commands: bool = False
     """only print the commands"""
 
@@ -275,6 +280,10 @@ def main(args: Args) -> None:
                 for twin in futures[future]:
                     names = {"method": twin.method, "arm": twin.arm, "seed": twin.seed}
                     save(twin.experiment, [row | names for row in future.result()])
+                if args.keep:
+                    (args.keep / job.name).mkdir(parents=True, exist_ok=True)
+                    for file in ("args.json", "metrics.csv"):
+                        shutil.copy(job.folder / file, args.keep / job.name)
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
                 key = "eval/average" if "eval/average" in future.result()[-1] else "eval/accuracy"
                 first, last = (future.result()[i][key] for i in (0, -1))
