@@ -3,10 +3,11 @@
     python benchmark/report.py                               # benchmark/results/<experiment>.md and .png, and the tables in the README
     python benchmark/report.py noise_grid
 
-A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over seeds:
-the inter-quartile mean (the mean of the middle half; arXiv 2108.13264) with a 95 % bootstrap interval, resampling seeds within each arm. Two
-methods are compared by the differences between their runs of the same seed, with Student's t, since the bootstrap's intervals are too
-narrow for five seeds, and by the probability of improvement, the share of pairs of runs that the first one wins.
+A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five
+seeds or more: the inter-quartile mean (the mean of the middle half; arXiv 2108.13264) with a 95 % bootstrap interval; over fewer: mean and
+range. Two methods are compared by the differences between their runs of the same seed, with Student's t, since bootstrap intervals are too
+narrow for five seeds; and by the probability of improvement, the share of pairs of runs that the first one wins, resampling seeds for all
+arms together, since they share prompts and draws.
 """
 
 import re
@@ -51,44 +52,43 @@ def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(x, 0.25, axis=axis)
 
 
-def resampled(samples: list[np.ndarray], statistic: Callable) -> tuple[float, float, float]:
-    """`statistic(*samples)` over the last axis, and its 95 % percentile interval, resampling within each sample; NaN for an interval where
-    one of them has a single run."""
-    whole, low, high = statistic(*samples), float("nan"), float("nan")
-    if min(map(len, samples)) > 1:
-        random = np.random.default_rng(0)
-        options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "axis": -1, "rng": random}
-        low, high = stats.bootstrap(samples, lambda *xs, axis=-1: statistic(*xs), **options).confidence_interval
-    return float(whole), float(low), float(high)
+def resampled(data: np.ndarray, statistic: Callable, vectorized: bool) -> tuple[float, float, float]:
+    """`statistic` of the data and its 95 % percentile interval, resampling the data."""
+    options = {"n_resamples": 2000, "method": "percentile", "vectorized": vectorized, "rng": np.random.default_rng(0)}
+    low, high = stats.bootstrap([data], statistic, **options).confidence_interval
+    return float(statistic(data)), float(low), float(high)
 
 
-def bootstrap(samples: list[np.ndarray]) -> tuple[float, float, float]:
-    """Inter-quartile mean of all samples together, and its interval."""
-    return resampled(samples, lambda *xs: iqm(np.concatenate(xs, axis=-1)))
+def summary(x: np.ndarray) -> tuple[float, float, float]:
+    """Inter-quartile mean and bootstrap interval of five runs or more, mean and range of fewer, NaN for the range of one."""
+    if len(x) >= 5:
+        return resampled(x, iqm, vectorized=True)
+    return (
+        (float(x.mean()), float(x.min()), float(x.max())) if len(x) > 1 else (float(x[0]), float("nan"), float("nan"))
+    )
 
 
-def improvement(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
-    """P(X > Y) + P(X = Y) / 2 over all pairs of runs, averaged over arms, and its interval; `pairs` has for each arm the runs of X and
-    of Y."""
+def improvement(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """P(X > Y) + P(X = Y) / 2 over the pairs of runs of an arm, averaged over arms, and its interval; x and y are (arms, seeds)."""
 
-    def probability(*xs: np.ndarray) -> np.ndarray:
-        arms = zip(xs[: len(pairs)], xs[len(pairs) :], strict=True)
-        return 0.5 + 0.5 * np.mean([np.sign(x[..., :, None] - y[..., None, :]).mean((-2, -1)) for x, y in arms], axis=0)
+    def probability(seeds: np.ndarray) -> float:
+        x_, y_ = (z[:, seeds.astype(int)] for z in (x, y))
+        return 0.5 + 0.5 * np.sign(x_[:, :, None] - y_[:, None, :]).mean()
 
-    return resampled([x for x, _ in pairs] + [y for _, y in pairs], probability)
+    return resampled(np.arange(x.shape[1]), probability, vectorized=False)
 
 
-def paired(x: pd.Series, y: pd.Series) -> tuple[float, float, float]:
-    """Mean difference x - y of the seeds that both have, and its 95 % interval by Student's t."""
-    difference = (x - y).dropna().to_numpy()
-    mean = float(difference.mean()) if len(difference) else float("nan")
-    if len(difference) < 2 or difference.std() == 0:
-        return mean, mean, mean
-    low, high = stats.t.interval(0.95, len(difference) - 1, mean, stats.sem(difference))
-    return mean, float(low), float(high)
+def student(x: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95 % interval by Student's t; NaN where there are too few."""
+    if len(x) < 2:
+        return (float(x.mean()) if len(x) else float("nan")), float("nan"), float("nan")
+    reach = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+    return float(x.mean()), float(x.mean() - reach), float(x.mean() + reach)
 
 
 def verdict(low: float, high: float) -> str:
+    if low != low:
+        return "too few seeds"
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
@@ -130,11 +130,16 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
 
-def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> np.ndarray:
-    try:
-        return runs.loc[(arm, method)][key].dropna().to_numpy()
-    except KeyError:
-        return np.array([])
+def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> pd.Series:
+    """By seed; empty where there are none."""
+    if (arm, method) not in runs.index.droplevel("seed"):
+        return pd.Series(dtype=float)
+    return runs.loc[(arm, method)][key].dropna()
+
+
+def difference(runs: pd.DataFrame, arm: str, method: str, rival: str, key: str = "last") -> np.ndarray:
+    """Of the seeds that both have."""
+    return (values(runs, arm, method, key) - values(runs, arm, rival, key)).dropna().to_numpy()
 
 
 # ==== Tables ==========================================================================================================
@@ -143,61 +148,77 @@ def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> np.n
 def grid_tables(name: str, runs: pd.DataFrame) -> str:
     """Arms as columns: last score, what was lost since the peak; then VRPO against its rivals, and all methods over all arms."""
     arms, methods = ordered(name, runs)
-    parts = []
     runs = runs.assign(lost=runs["peak"] - runs["last"])
+    planned, made = len(jobs_of(name)), len(runs)
+    parts = [f"{made} of {planned} runs." if made < planned else f"All {made} runs."]
     for key, title in (("last", "Last score"), ("lost", "Lost since the peak")):
         rows = []
         for method in methods:
-            found = [values(runs, arm, method, key) for arm in arms]
-            rows.append([method, *(cell(bootstrap([x])) if len(x) else "" for x in found)])
+            found = [values(runs, arm, method, key).to_numpy() for arm in arms]
+            rows.append([method, *(cell(summary(x)) if len(x) else "" for x in found)])
         parts.append(f"{title}:\n\n" + markdown(["method", *arms], rows))
+    rivals = [rival for rival in RIVALS if rival in methods]
+    if "VRPO" in methods and rivals:
+        rows = []
+        for arm in arms:
+            numbers = [student(difference(runs, arm, "VRPO", rival)) for rival in rivals]
+            rows.append([arm, *(word for x in numbers for word in (cell(x, signed=True), verdict(*x[1:])))])
+        header = ["arm", *(word for rival in rivals for word in (f"VRPO − {rival}", f"VRPO is, against {rival}"))]
+        warning = (
+            f"of {len(rows) * len(rivals)} such comparisons one in twenty would come out as better or worse by luck"
+        )
+        parts.append(f"VRPO against its rivals, paired by seed ({warning}):\n\n" + markdown(header, rows))
+    return "\n\n".join([*parts, overall(runs, [arm for arm in arms if arm not in CONTROLS], methods)])
+
+
+def overall(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
+    """Means over arms, of the seeds that all methods have in all arms."""
+    table = runs["last"].unstack(["arm", "method"])
+    cells = [(arm, method) for arm in arms for method in methods]
+    complete = set(cells) <= set(table.columns) and len(table := table[cells].dropna()) > 1
+    title = f"Over all arms but {', '.join(CONTROLS)}"
+    if not complete:
+        return f"{title}: not yet, as no two seeds are complete.\n"
+    scores = {method: np.stack([table[arm, method] for arm in arms]) for method in methods}  # (arms, seeds)
+    rivals = [rival for rival in RIVALS if rival in scores]
     rows = []
-    for arm in arms:
-        row = [arm]
-        for rival in RIVALS if "VRPO" in methods else ():
-            if (arm, "VRPO") in runs.index and (arm, rival) in runs.index:
-                numbers = paired(runs.loc[(arm, "VRPO")]["last"], runs.loc[(arm, rival)]["last"])
-                row += [cell(numbers, signed=True), verdict(*numbers[1:])]
-            else:
-                row += ["", ""]
+    for method, x in scores.items():
+        row = [method, cell(student(x.mean(0)))]
+        for rival in rivals:
+            against = student((x - scores[rival]).mean(0)), improvement(x, scores[rival])
+            row += [cell(against[0], signed=True), cell(against[1])] if method != rival else ["", ""]
         rows.append(row)
-    header = ["arm", *(word for rival in RIVALS for word in (f"VRPO − {rival}", f"VRPO is, against {rival}"))]
-    parts.append("VRPO against its rivals, paired by seed:\n\n" + markdown(header, rows))
-    useful = [arm for arm in arms if arm not in CONTROLS]
-    rows = []
-    for method in methods:
-        samples = [x for arm in useful if len(x := values(runs, arm, method))]
-        row = [method, cell(bootstrap(samples)) if samples else ""]
-        for rival in RIVALS:
-            pairs = [(values(runs, arm, method), values(runs, arm, rival)) for arm in useful]
-            pairs = [(x, y) for x, y in pairs if len(x) and len(y)]
-            row.append(cell(improvement(pairs)) if pairs and method != rival else "")
-        rows.append(row)
-    header = ["method", "last score, over arms", *(f"probability of improvement over {rival}" for rival in RIVALS)]
-    parts.append(f"Over all arms but {', '.join(CONTROLS)}:\n\n" + markdown(header, rows))
-    return "\n".join(parts)
+    words = [(f"− {rival}", f"probability of improvement over {rival}") for rival in rivals]
+    header = ["method", "mean of the last scores", *(word for pair in words for word in pair)]
+    return f"{title}, {len(table)} seeds (intervals of means by Student's t over seeds):\n\n" + markdown(header, rows)
 
 
 def plain_table(name: str, runs: pd.DataFrame) -> str:
-    """A row for each arm and method; columns: last, peak and the measures that some run has."""
+    """A row for each arm and method: last and peak score, the difference from the first method, and the measures that some run has."""
     arms, methods = ordered(name, runs)
     keys = [key for key in TITLES if key in runs and runs[key].notna().any()]
     rows = []
     for arm in arms:
         for method in methods:
-            found = [values(runs, arm, method, key) for key in keys]
+            found = [values(runs, arm, method, key).to_numpy() for key in keys]
             if len(found[0]):
-                count = str(len(found[0]))
-                rows.append([arm, method, count, *(cell(bootstrap([x])) if len(x) else "" for x in found)])
-    return markdown(["arm", "method", "seeds", *(TITLES[key] for key in keys)], rows)
+                against = (
+                    ""
+                    if method == methods[0]
+                    else cell(student(difference(runs, arm, method, methods[0])), signed=True)
+                )
+                cells = [cell(summary(x)) if len(x) else "" for x in found]
+                rows.append([arm, method, str(len(found[0])), cells[0], against, *cells[1:]])
+    titles = [TITLES[key] for key in keys]
+    return markdown(["arm", "method", "seeds", titles[0], f"− {methods[0]} (95 %)", *titles[1:]], rows)
 
 
 # ==== Figures =========================================================================================================
 
 
 def spread(axis, x, samples: list[np.ndarray], color: str, label: str | None = None, **style) -> None:
-    """Inter-quartile means with a band of their intervals."""
-    middle, low, high = (np.array(column) for column in zip(*(bootstrap([s]) for s in samples), strict=True))
+    """Summaries of the samples, with a band of their intervals or ranges."""
+    middle, low, high = (np.array(column) for column in zip(*(summary(x) for x in samples), strict=True))
     axis.plot(x, middle, color=color, label=label, marker="o", markersize=3, **style)
     axis.fill_between(x, low, high, color=color, alpha=0.10, lw=0)
 
@@ -218,7 +239,7 @@ def figure(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> Non
     for axis, (kind, arm) in zip(axes.flat, panels, strict=False):
         for method in methods:
             if kind == "rates":
-                found = [(RATES[a], x) for a in rates if len(x := values(runs, a, method))]
+                found = [(RATES[a], x) for a in rates if len(x := values(runs, a, method).to_numpy())]
             else:
                 some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
                 found = [(episodes, group["score"].dropna().to_numpy()) for episodes, group in some.groupby("episodes")]
@@ -270,7 +291,10 @@ def main(args: Args) -> None:
         stop(f"{' '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
     text = args.readme.read_text()
     for name in args.experiments or EXPERIMENTS:
-        if tables := report(name):
+        tables = report(name)
+        if not tables and args.experiments:
+            stop(f"{name}: nothing has been run with the present flags (python benchmark/run.py {name})")
+        if tables:
             text = insert(text, name, tables)
             print(f"{name}\n\n{tables}")
     write_atomically(args.readme, text)

@@ -1,6 +1,7 @@
 """Runs named experiments: methods x noise arms x seeds, in parallel workers of one thread each, one tidy CSV for each experiment.
 
     python benchmark/run.py --list                           # what there is, and how long it takes on two cores
+    python benchmark/run.py noise_grid --list                # its methods, arms and seeds
     python benchmark/run.py noise_grid                       # can be stopped and continued at any moment
     python benchmark/run.py noise_grid --methods PPO VRPO --arms "symmetric 0.2" --seeds 1
     python benchmark/run.py noise_grid --commands            # the commands, to run by hand
@@ -8,9 +9,11 @@
 
 benchmark/results/<experiment>.csv has a row for each run and evaluation; training metrics in it are means over the updates since the
 evaluation before. A run whose rows are there, made with the same flags, is skipped, be it under another name or in another
-experiment; one that was stopped goes on from its newest checkpoint.
+experiment; one that was stopped goes on from its newest checkpoint. A change of the code is not noticed (column `commit` tells which one made
+a row): delete the rows, and the runs in runs/benchmark, to make them again.
 """
 
+import fcntl
 import hashlib
 import importlib
 import json
@@ -21,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
@@ -125,52 +129,76 @@ def read_rows(job: Job) -> list[dict]:
     if not file.exists():
         return []
     frame = pd.read_csv(file)
-    frame["seconds"] = frame[["time/rollout", "time/score", "time/update"]].sum(axis=1)
-    evaluated = frame["eval/response_length"].notna()
     if frame["update"].iloc[-1] < json.loads((job.folder / "args.json").read_text())["updates"]:
         return []
+    frame["seconds"] = frame[["time/rollout", "time/score", "time/update"]].sum(axis=1)
+    evaluated = frame["eval/response_length"].notna()
     names = [name for name in METRICS if name in frame]
     spans = evaluated[::-1].cumsum()[::-1]  # the same number from after an evaluation to the next
     means, seconds = frame.groupby(spans)[names].mean(), frame.groupby(spans)["seconds"].sum()
     rows = []
     for i in frame.index[evaluated]:
-        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest}
+        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest, "commit": commit()}
         row |= {key: int(frame[column][i]) for key, column in (("update", "update"), ("episodes", "charts/episodes"))}
         rows.append(row | means.loc[spans[i]].to_dict() | {"seconds": seconds[spans[i]]})
     return rows
 
 
+@cache
+def commit() -> str:
+    """The commit at hand, with + if files differ from it; empty where there is no git."""
+    try:
+        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 class Workers:
-    """Runs jobs as processes of one thread each, and can ask all that are running to save and stop."""
+    """Runs jobs as processes of one thread each, and can ask all that are running to save and stop. While one of them lives, no other
+    run.py can start here."""
 
     def __init__(self):
         self.running: set[subprocess.Popen] = set()
-        self.stopping = False
+        self.stopping, self.guard = False, threading.Lock()
+        RUNS.mkdir(parents=True, exist_ok=True)
+        self.lock = (RUNS / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stop(f"another run.py, or a run that it left behind, is busy in {RUNS}")
 
     def run(self, job: Job) -> list[dict]:
         """The rows of a run, after making or finishing it."""
-        if not (rows := read_rows(job)) and not self.stopping:
-            where = ["--run-name", str(job.folder.relative_to("runs"))]
-            if (job.folder / "args.json").exists():
-                where = ["--resume", str(job.folder)]
-            job.folder.parent.mkdir(parents=True, exist_ok=True)
-            with job.log.open("w") as log:
+        if rows := read_rows(job):
+            return rows
+        where = ["--run-name", str(job.folder.relative_to("runs"))]
+        if (job.folder / "args.json").exists():
+            where = ["--resume", str(job.folder)]
+        command = [sys.executable, str(ROOT / job.command[0]), *job.command[1:], *where]
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("w") as log:
+            with self.guard:
+                if self.stopping:
+                    return []
                 process = subprocess.Popen(
-                    [sys.executable, str(ROOT / job.command[0]), *job.command[1:], *where], stdout=log, stderr=log, start_new_session=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    start_new_session=True, pass_fds=(self.lock.fileno(),),
                 )  # fmt: skip
-            self.running.add(process)
+                self.running.add(process)
             process.wait()
-            self.running.discard(process)
-            rows = read_rows(job)
-            if process.returncode and not self.stopping:
-                raise RuntimeError(f"{shlex.join(job.command)}: see {job.log}")
-        return rows
+        self.running.discard(process)
+        if process.returncode and not self.stopping:
+            said = job.log.read_text().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise RuntimeError(f"{said[-1]} ({job.log})")
+        return read_rows(job)
 
     def stop(self) -> None:
-        self.stopping = True
-        for process in list(self.running):
-            process.send_signal(signal.SIGTERM)
+        """Every run that is under way finishes its update, saves and leaves; asked twice, it leaves at once."""
+        with self.guard:
+            self.stopping = True
+            for process in list(self.running):
+                process.send_signal(signal.SIGTERM)
 
 
 def save(name: str, rows: list[dict]) -> None:
@@ -205,7 +233,14 @@ def reuse(jobs: list[Job]) -> list[Job]:
     return left
 
 
-def listing(console: Console) -> None:
+def listing(names: tuple[str, ...], console: Console) -> None:
+    """All experiments, or methods, arms and seeds of those named."""
+    for name in names:
+        e = EXPERIMENTS[name]
+        for title, words in (("methods", e.methods), ("arms", e.arms), ("seeds", map(str, e.seeds))):
+            console.print(f"{name}, {title}: {', '.join(words)}", highlight=False)
+    if names:
+        return
     table = Table("experiment", "what varies", "runs", "done", "hours left on two cores")
     digests = {key for name in EXPERIMENTS for key in results(name)["digest"]}
     for name, e in EXPERIMENTS.items():
@@ -214,6 +249,17 @@ def listing(console: Console) -> None:
         done = sum(job.digest in digests for job in jobs)
         table.add_row(name, e.about, str(len(jobs)), str(done), f"{len(left) * e.seconds / 2 / 3600:.1f}")
     console.print(table)
+
+
+def keep(jobs: list[Job], folder: Path) -> None:
+    """Copy args.json and metrics.csv of runs to `folder`."""
+    for job in jobs:
+        made = next(RUNS.glob(f"*/*-{job.digest}/metrics.csv"), None)
+        if made is None:
+            stop(f"--keep: the files of {job.name} are not in {RUNS} (only its rows are in the results)")
+        (folder / job.name).mkdir(parents=True, exist_ok=True)
+        for file in ("args.json", "metrics.csv"):
+            shutil.copy(made.with_name(file), folder / job.name)
 
 
 def chosen(name: str, args: "Args") -> list[Job]:
@@ -250,51 +296,53 @@ class Args:
 
 def main(args: Args) -> None:
     console = Console(stderr=not args.list)
+    if set(args.experiments) - set(EXPERIMENTS) or not (args.experiments or args.list):
+        stop(f"which experiment? Before other flags, give one of {', '.join(EXPERIMENTS)} (--list says more)")
     if args.list:
-        return listing(console)
-    if not args.experiments or set(args.experiments) - set(EXPERIMENTS):
-        stop(f"which experiment? There are {', '.join(EXPERIMENTS)} (--list says more)")
+        return listing(args.experiments, console)
     jobs = [job for name in args.experiments for job in chosen(name, args)]
     if args.commands:
         print("\n".join(shlex.join(["python", *job.command]) for job in jobs))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     workers, failed = Workers(), []
     progress = Progress(
         TextColumn("runs"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(), console=console, speed_estimate_period=8 * 3600,
     )  # fmt: skip
-    with progress, ThreadPoolExecutor(args.workers) as pool:
-        left = reuse(jobs)
-        same: dict[str, list[Job]] = {}
-        for job in left:
-            same.setdefault(job.digest, []).append(job)
+    same: dict[str, list[Job]] = {}  # by digest: made once
+    for job in reuse(jobs):
+        same.setdefault(job.digest, []).append(job)
+    with workers.lock, progress, ThreadPoolExecutor(args.workers) as pool:
         bar = progress.add_task("", total=len(same))
-        futures = {pool.submit(workers.run, group[0]): group for group in same.values()}
         try:
+            futures = {pool.submit(workers.run, group[0]): group for group in same.values()}
             for future in as_completed(futures):
-                job = futures[future][0]
-                if future.exception():
-                    failed.append(str(future.exception()))
+                job, error = futures[future][0], future.exception()
+                progress.advance(bar)
+                if error:
+                    failed.append(f"{job.experiment}: {job.name}: {error}")
+                    console.print(failed[-1])
                     continue
+                rows = future.result()
                 for twin in futures[future]:
                     names = {"method": twin.method, "arm": twin.arm, "seed": twin.seed}
-                    save(twin.experiment, [row | names for row in future.result()])
-                if args.keep:
-                    (args.keep / job.name).mkdir(parents=True, exist_ok=True)
-                    for file in ("args.json", "metrics.csv"):
-                        shutil.copy(job.folder / file, args.keep / job.name)
+                    save(twin.experiment, [row | names for row in rows])
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
-                key = "eval/average" if "eval/average" in future.result()[-1] else "eval/accuracy"
-                first, last = (future.result()[i][key] for i in (0, -1))
+                first, last = (row.get("eval/average", row.get("eval/accuracy")) for row in (rows[0], rows[-1]))
                 console.print(f"{job.experiment}: {job.method}, {job.arm}, seed {job.seed}: {first:.3f} to {last:.3f}")
-                progress.advance(bar)
         except KeyboardInterrupt:
-            workers.stop()
-            pool.shutdown(cancel_futures=True)
             stop("stopped; the same command goes on from here")
+        finally:  # whatever happened, nothing new starts, and what runs saves itself
+            if workers.running:
+                console.print("the runs under way finish their update and save it")
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers.stop()
     if failed:
         stop("\n".join(failed))
+    if args.keep:
+        keep(jobs, args.keep)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,22 @@ def test_every_run_of_an_experiment_has_valid_flags(name):
     for job in jobs[: len(jobs) // len(experiments.EXPERIMENTS[name].seeds)]:
         module = importlib.import_module(job.script)
         check_flags(module.Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
-    paired = [
-        {k: v for k, v in job.flags.items() if k in ("noise", "seed", "updates", "prompts_per_update")} for job in jobs
+    if name == "failures":
+        return
+    # runs that are compared share everything but what the experiment varies
+    e = experiments.EXPERIMENTS[name]
+    varied = [m.flags for m in e.methods.values()] + list(e.arms.values()) + list(e.extra.values())
+    args = [
+        vars(importlib.import_module(job.script).Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
+        for job in jobs
     ]
-    per_arm = {(job.arm, job.seed): flags for job, flags in zip(jobs, paired, strict=True)}
-    assert all(per_arm[job.arm, job.seed] == flags for job, flags in zip(jobs, paired, strict=True))
+    shared = set.intersection(*map(set, args)) - {"seed"} - {word for flags in varied for word in flags}
+    assert {"updates", "prompts_per_update", "epochs", "train_split", "eval_size", "samples_per_prompt"} <= shared
+    assert all(a[word] == args[0][word] for a in args for word in shared)
+    channels = {}
+    for job, a in zip(jobs, args, strict=True):
+        channel = {k: v for k, v in a.items() if "noise" in k or k.startswith("false_")}
+        assert channels.setdefault(job.arm, channel) == channel
 
 
 def test_the_grid():
@@ -108,15 +119,17 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     assert whole == tmp_path / job.folder
     bench.save("whole", bench.read_rows(job))
     assert read(tmp_path / "results" / "whole.csv") == rows
-    # all is there: nothing is run
+    # all is there: nothing is run, but files can be kept
     monkeypatch.setattr(bench.Workers, "run", None)
-    bench.main(bench.Args(("one", "two"), arms=("a",)))
+    bench.main(bench.Args(("one", "two"), arms=("a",), keep=tmp_path / "kept"))
+    kept = {p.parent.name: p.read_bytes() for p in (tmp_path / "kept").glob("*/metrics.csv")}
+    assert set(kept) == {"ppo-a-1", "my-ppo-a-1"} and kept["ppo-a-1"] == (whole / "metrics.csv").read_bytes()
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path):
     arms = {"a": {}, "b": {"dataset": "nowhere"}}
     monkeypatch.setitem(bench.EXPERIMENTS, "one", replace(bench.EXPERIMENTS["one"], arms=arms))
-    with pytest.raises(SystemExit, match=r"--dataset nowhere.*: see .*\.log"):
+    with pytest.raises(SystemExit, match=r"one: ppo-b-1: error: --dataset nowhere.*\.log"):
         bench.main(bench.Args(("one",)))
     assert {row["arm"] for row in read(tmp_path / "results" / "one.csv")} == {"a"}
 
@@ -139,12 +152,29 @@ def test_training_metrics_are_means_since_the_evaluation_before(tiny, tmp_path):
     assert rows[1]["reward/clean"] == pytest.approx(0.4) and rows[2]["reward/clean"] == 0.9
 
 
+def test_a_run_that_died_before_its_first_update_goes_on(tiny):
+    job = bench.jobs_of("one")[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "args.json").write_text('{"updates": 4}')
+    (job.folder / "metrics.csv").write_text("update,charts/episodes,eval/response_length,eval/accuracy\n0,0,9,0.1\n")
+    assert bench.read_rows(job) == []
+
+
+def test_two_at_a_time_are_refused(tiny):
+    workers = bench.Workers()
+    with pytest.raises(SystemExit, match="another run.py"):
+        bench.main(bench.Args(("one",)))
+    workers.lock.close()
+
+
 def test_wrong_names(tiny):
     for args in (bench.Args(), bench.Args(("grid",))):
-        with pytest.raises(SystemExit, match="There are one, two, whole"):
+        with pytest.raises(SystemExit, match="give one of one, two, whole"):
             bench.main(args)
     with pytest.raises(SystemExit, match="--arms 'c': one has a, b"):
         bench.main(bench.Args(("one",), arms=("c",)))
+    with pytest.raises(SystemExit, match="nothing has been run"):
+        report.main(report.Args(("one",)))
 
 
 # ---- the report ----
@@ -152,22 +182,19 @@ def test_wrong_names(tiny):
 
 def test_statistics_by_hand():
     assert report.iqm(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == 2.0  # the middle three of five
-    middle, low, high = report.bootstrap([np.array([1.0, 2.0, 3.0, 4.0, 5.0])])
+    middle, low, high = report.summary(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert middle == 3 and 1 <= low < 3 < high <= 5
-    assert report.bootstrap([np.array([0.4])])[1] != report.bootstrap([np.array([0.4])])[1]  # one run, no interval
-    # resampling within arms: between two constant arms there is nothing to resample
-    assert report.bootstrap([np.full(4, 0.2), np.full(4, 0.4)]) == pytest.approx((0.3, 0.3, 0.3))
-    x, y = np.array([3.0, 4.0]), np.array([1.0, 3.0])
-    assert report.improvement([(x, y)])[0] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-    assert report.improvement([(x, y), (y, x)])[0] == pytest.approx(0.5)
-    a, b = (pd.Series(values, index=[1, 2, 3, 4]) for values in ([1.0, 2.0, 3.0, 9.0], [0.0, 0.0, 0.0, np.nan]))
-    mean, low, high = report.paired(a, b)  # of 1, 2, 3: 2 +- 4.303 / sqrt(3)
+    assert report.summary(np.array([0.2, 0.9, 0.4])) == pytest.approx((0.5, 0.2, 0.9))  # few: mean and range
+    assert report.cell(report.summary(np.array([0.4]))) == "0.400"
+    x, y = np.array([[3.0, 4.0]]), np.array([[1.0, 3.0]])
+    assert report.improvement(x, y)[0] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    assert report.improvement(np.concatenate([x, y]), np.concatenate([y, x]))[0] == pytest.approx(0.5)
+    mean, low, high = report.student(np.array([1.0, 2.0, 3.0]))  # 2 +- 4.303 / sqrt(3)
     assert mean == 2 and (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert [report.verdict(*pair) for pair in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2))] == [
-        "better",
-        "worse",
-        "not told apart",
-    ]
+    pairs = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.0))
+    assert [report.verdict(*pair) for pair in pairs] == ["better", "worse", "not told apart", "not told apart"]
+    for few in (np.array([]), np.array([0.3])):
+        assert report.verdict(*report.student(few)[1:]) == "too few seeds"
 
 
 @pytest.fixture
@@ -206,8 +233,8 @@ def test_report_of_a_grid(made_up, tmp_path):
     assert rows["symmetric 0.2"] == expected
     lost = text.split("Lost since the peak:")[1]
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
-    overall = text.split("Over all arms but coin:")[1]
-    assert "| VRPO | 0.770 (0.765 to 0.775) | 1.000 (1.000 to 1.000) |" in overall
+    overall = text.split("Over all arms but coin, 3 seeds")[1]
+    assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 (1.000 to 1.000) |" in overall
     picture = (tmp_path / "results" / "noise_grid.png").read_bytes()
     assert len(picture) > 20000
     report.main(report.Args((), readme))

@@ -203,6 +203,9 @@ def test_advantage_noise():
     assert ppo.advantage_noise(3 * clean.expand(10, 2) - 1, clean.expand(10, 2), mask) == pytest.approx(
         0
     )  # scale, shift
+    assert (
+        ppo.advantage_noise(1 - clean.expand(10, 2), clean.expand(10, 2), whole) == 1
+    )  # all inverted: nothing follows
     assert math.isnan(ppo.advantage_noise(torch.ones(10, 2), clean.expand(10, 2), mask))
 
 

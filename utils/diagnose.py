@@ -55,7 +55,7 @@ class History:
         updates, values = list(self.metrics[key]), list(self.metrics[key].values())
         smooth = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
         start = len(values) - 1
-        while start > 0 and holds(smooth[start - 1]):
+        while start > 0 and holds(smooth[start]) and holds(smooth[start - 1]):
             start -= 1
         return updates[start]
 
@@ -76,7 +76,7 @@ def useless_channel(run: History) -> Finding | None:
 def blind_critic(run: History) -> Finding | None:
     """The critic explains nothing of the returns that it is fitted to."""
     key = "critic/explained_variance"
-    if not run.has(key) or run.late(key) >= 0.02:
+    if not run.has(key) or run.late(key) >= 0.02 or useless_channel(run):
         return None
     late = run.late(key)
     says = "misleads" if late < -0.02 else "knows nothing"
@@ -179,6 +179,10 @@ def noisy_advantages(run: History) -> Finding | None:
     """Nearly all of the variance of the advantages comes from the errors of the reward, not from the outcomes."""
     key = "objective/advantage_noise"
     if not run.has(key) or run.late(key) < 0.9:
+        return None
+    if (
+        run.has("reward/clean") and run.late("reward/clean") > 0.9
+    ):  # hardly a wrong answer is left to tell from the right ones
         return None
     text = f"the reward's errors make {run.late(key):.0%} of the variance of the advantages over the last third of the run ({key})"
     advice = "a lower --noise-rate or another --reward-model; if there is none, more --prompts-per-update"
