@@ -31,7 +31,9 @@ from rich.progress import Progress
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from report import insert  # noqa: E402
+
 import dvpo_math as dvpo  # noqa: E402
 import ppo_baseline as ppo  # noqa: E402
 import robust_ppo_baseline as robust  # noqa: E402
@@ -43,7 +45,7 @@ from utils.run import write_atomically  # noqa: E402
 from utils.tasks import load_task  # noqa: E402
 
 CPU = torch.device("cpu")
-RESULTS = ROOT / "benchmark" / "results"
+RESULTS, README = ROOT / "benchmark" / "results", ROOT / "README.md"
 CACHE = ROOT / "runs" / "critic_study"
 UPDATE = 256  # rollouts
 FRESH = 512
@@ -308,6 +310,7 @@ MEASURES = {
     "auc": "AUC",
     "calibration_error": "calibration error",
     "noise_fitted": "noise fitted",
+    "advantage_noise": "noise in the advantages",
     "rmse_flipped": "RMSE, flipped",
     "rmse_unflipped": "RMSE, unflipped",
 }
@@ -332,7 +335,7 @@ def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 def report(frame: pd.DataFrame, out: Path) -> None:
-    """Tables (.md) and figure (.png) beside the CSV, from its rows alone."""
+    """Tables (.md) and figure (.png) beside the CSV, from its rows alone; the first tables and the differences go into the README."""
     sections = []
 
     def table(title: str, data: pd.DataFrame, index: str | list[str], columns: str, key: str) -> None:
@@ -352,7 +355,7 @@ def report(frame: pd.DataFrame, out: Path) -> None:
     noise = frame[frame["part"] == "noise"]
     final = noise[noise["rollouts"] == 2560]
     if len(final):
-        for key in ("explained_variance", "r_squared", "auc", "calibration_error", "noise_fitted"):
+        for key in ("explained_variance", "r_squared", "auc", "calibration_error", "noise_fitted", "advantage_noise"):
             table(f"{MEASURES[key]}, by noise rate, after 2,560 rollouts", final, "critic", "noise", key)
         plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])
         for key in ("explained_variance", "r_squared", "auc"):
@@ -362,73 +365,93 @@ def report(frame: pd.DataFrame, out: Path) -> None:
             table(f"{MEASURES[key]}: difference from the plain critic, paired by seed", paired, "critic", "noise", key)
         for rate in sorted(noise["noise"].unique()):
             some = noise[noise["noise"] == rate]
-            table(
-                f"{MEASURES['r_squared']} by number of rollouts, noise {rate:g}",
-                some,
-                "critic",
-                "rollouts",
-                "r_squared",
-            )
+            table(f"R² by number of rollouts, noise {rate:g}", some, "critic", "rollouts", "r_squared")
     own = {"VRPO": "default", "bottleneck": "no semantic losses", "semantic": "no bottleneck", "plain": "neither"}
     parts = frame[frame["part"] == "vrpo"]
     some = noise[(noise["noise"] == 0.2) & noise["critic"].isin(list(own)) & noise["seed"].isin(parts["seed"])]
     parts = pd.concat([some.assign(part="vrpo", critic="VRPO", setting=some["critic"].map(own)), parts])
-    frame = pd.concat([parts, frame[frame["part"] != "vrpo"]])
-    for part, title in (
-        ("vrpo", "What each part of VRPO contributes, noise 0.2"),
-        ("tuning", "Tuning, noise 0.3, one seed"),
-    ):
-        some = frame[(frame["part"] == part) & (frame["rollouts"] == 2560)]
-        keys = ("explained_variance", "r_squared", "auc", "noise_fitted")
-        rows = [
-            [*name, *(cell(group[key]) for key in keys)]
-            for name, group in some.groupby(["critic", "setting"], sort=False)
-        ]
-        header = ["critic", "setting", *(MEASURES[key] for key in keys)]
-        sections += [markdown(title, header, rows)] if rows else []
+    keys = ("explained_variance", "r_squared", "auc", "noise_fitted")
+    some = parts[parts["rollouts"] == 2560].set_index(["setting", "seed"])
+    if "default" in some.index:
+        rows = []
+        for setting, group in some.groupby("setting", sort=False):
+            changes = group.droplevel("setting")[list(keys)] - some.loc["default"][list(keys)]
+            rows.append([setting, *(f"{group[k].mean():.2f}" for k in keys), *(cell(changes[k]) for k in keys[:3])])
+        header = ["VRPO", *(MEASURES[k] for k in keys), *(f"{MEASURES[k]}: difference" for k in keys[:3])]
+        title = "What each part of VRPO contributes: noise 0.2, means over seeds, and differences from the default paired by seed"
+        sections.append(markdown(title, header, rows))
+    some = frame[(frame["part"] == "tuning") & (frame["rollouts"] == 2560)]
+    rows = [[*row[:2], *(f"{x:.2f}" for x in row[2:])] for row in some[["critic", "setting", *keys]].to_numpy()]
+    header = ["critic", "setting", *(MEASURES[key] for key in keys)]
+    sections += [markdown("Tuning: noise 0.3, one fit each, seed 101", header, rows)] if rows else []
     some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
     for key in ("r_squared", "noise_fitted") if len(some) else ():
         table(f"{MEASURES[key]} by passes over the same 1,280 rollouts, noise 0.2", some, "critic", "passes", key)
     out.with_suffix(".md").write_text("\n".join(sections))
-    draw(noise, parts[parts["rollouts"] == 2560], out.with_suffix(".png"))
+    if out == RESULTS / "critic_study.csv":
+        shown = [text for text in sections if text.startswith(("explained", "R²: diff", "AUC: diff"))]
+        write_atomically(README, insert(README.read_text(), "critic_study", "\n".join(shown)))
+    passes = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
+    draw(noise, parts[parts["rollouts"] == 2560], passes, out.with_suffix(".png"))
     print("\n".join(sections))
 
 
-def draw(noise: pd.DataFrame, parts: pd.DataFrame, out: Path) -> None:
+def draw(noise: pd.DataFrame, parts: pd.DataFrame, passes: pd.DataFrame, out: Path) -> None:
+    """Means over seeds with 95 % intervals; seeds differ more than critics do, so the two panels of differences are paired by seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     final, early = noise[noise["rollouts"] == 2560], noise[noise["noise"] == 0.2]
-    panels = [
-        (final, "noise", "explained_variance", "rate of flipped rewards", "explained variance, clean returns"),
-        (final, "noise", "r_squared", "rate of flipped rewards", "R², clean returns"),
-        (early, "rollouts", "r_squared", "rollouts (noise 0.2)", "R², clean returns"),
-    ]
-    for axis, (data, x, y, xlabel, title) in zip(axes, panels, strict=False):
-        for i, name in enumerate(CRITICS):
+    colors = {name: f"C{i}" for i, name in enumerate(CRITICS)}
+
+    def lines(axis, data: pd.DataFrame, x: str, y: str, band: bool = True, **style) -> None:
+        for name in (name for name in CRITICS if name in set(data["critic"])):
             group = data[data["critic"] == name]
             xs = sorted(group[x].unique())
-            if xs:
-                mean, low, high = zip(*(interval(group[group[x] == value][y]) for value in xs), strict=True)
-                axis.plot(xs, mean, marker="o", markersize=3, color=f"C{i}", label=name)
-                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.08, lw=0)
+            mean, low, high = zip(*(interval(group[group[x] == value][y]) for value in xs), strict=True)
+            axis.plot(xs, mean, marker="o", markersize=3, color=colors[name], label=name, **style)
+            if band:
+                axis.fill_between(xs, low, high, color=colors[name], alpha=0.06, lw=0)
+
+    lines(axes[0, 0], final, "noise", "explained_variance")
+    lines(axes[0, 1], final, "noise", "r_squared")
+    lines(axes[1, 0], early, "rollouts", "r_squared")
+    lines(axes[1, 1], passes, "passes", "r_squared", band=False)
+    lines(axes[1, 1], passes, "passes", "noise_fitted", band=False, ls="--")
+    plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])["r_squared"]
+    others = [name for name in CRITICS if name != "plain" and name in set(final["critic"])]
+    for i, name in enumerate(others):
+        series = final[final["critic"] == name].set_index(["noise", "seed"])["r_squared"]
+        for rate, values in (series - plain).dropna().groupby(level="noise"):
+            mean, low, high = interval(values)
+            x = rate + 0.009 * (i - (len(others) - 1) / 2)
+            axes[0, 2].errorbar(
+                x, mean, yerr=[[mean - low], [high - mean]], fmt="o", ms=3, capsize=2, color=colors[name]
+            )
+    axes[0, 2].axhline(0, color="grey", lw=0.8)
+    table = parts.pivot_table(index="setting", columns="seed", values="r_squared", sort=False)
+    rows = (table.sub(table.loc["default"]).drop(index="default") if "default" in table.index else table)[::-1]
+    for i, (_, values) in enumerate(rows.iterrows()):
+        mean, low, high = interval(values)
+        axes[1, 2].errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colors["VRPO"], capsize=3)
+    axes[1, 2].axvline(0, color="grey", lw=0.8)
+    axes[1, 2].set_yticks(range(len(rows)), list(rows.index), fontsize=8)
+    rate, count = "rate of flipped rewards", "rollouts (noise 0.2)"
+    titles = [
+        ("explained variance of clean returns", rate), ("R², clean returns", rate), ("R²: difference from the plain critic", rate),
+        ("R², clean returns", count), ("R² (solid) and noise fitted (dashed)", "passes over 1,280 rollouts (noise 0.2)"),
+        ("parts of VRPO: difference in R² from the default", "noise 0.2"),
+    ]  # fmt: skip
+    for axis, (title, xlabel) in zip(axes.flat, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel, fontsize=9)
         axis.grid(alpha=0.3)
-    axes[0].axhline(0, color="grey", lw=0.8)
-    if axes[0].lines[1:]:
-        axes[0].legend(fontsize=8)
-    groups = list(parts.groupby("setting", sort=False)["r_squared"])[::-1]
-    for i, (_, values) in enumerate(groups):
-        mean, low, high = interval(values)
-        axes[3].errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color="C3", capsize=3)
-    axes[3].set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
-    axes[3].set_title("parts of VRPO: R², noise 0.2", fontsize=10)
-    axes[3].grid(alpha=0.3)
-    figure.savefig(out, dpi=130)
+    if others:
+        axes[0, 0].legend(fontsize=8)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
