@@ -308,8 +308,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
     """1 - max(0, corr(A, A without the reward errors))^2 over the masked tokens: the share of the variance of the advantages that
     does not follow the clean rewards. Both have the same values, so a critic's own errors are not seen. NaN where either is constant."""
-    correlation = torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1]
-    return 1 - correlation.clamp(min=0).item() ** 2
+    return 1 - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1].clamp(min=0).item() ** 2
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
