@@ -1,5 +1,6 @@
 """Behaviour that must not depend on the method, on how a batch is cut, or on padding."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,6 +241,18 @@ def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
         assert runs[1].std(0).max() == 0
     else:  # the mean over 64 samples is eight times as steady as one sample
         assert runs[1].std(0).mean() / runs[64].std(0).mean() == pytest.approx(8, rel=0.3)
+
+
+def test_the_bottleneck_starts_open(policy_and_chat):
+    """mu of order 1 for hidden states of order 1, sigma = 1/e in every state, and a value that is nothing yet."""
+    policy, _ = policy_and_chat
+    torch.manual_seed(0)
+    critic = vrpo.Critic(policy, vrpo.Args(latent_dim=512))
+    hidden = torch.randn(256, policy.lm_head.in_features)
+    mu, log_sigma = critic.encoders[0](hidden).chunk(2, dim=-1)
+    assert mu.std().item() == pytest.approx(1, abs=0.1) and (log_sigma == -1).all()
+    values, _, sigma = critic.values(hidden, samples=2)
+    assert (values == 0).all() and sigma.mean().item() == pytest.approx(math.exp(-1))
 
 
 def test_shared_backbone_and_critic_warmup(run_main):

@@ -1,5 +1,6 @@
 """Every noise channel: its rate, what it flips, that it is reproducible and independent of the method."""
 
+import csv
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 import grpo_baseline
 import ppo_baseline as ppo
 import vrpo_math
+from tests.conftest import ROOT, SCRIPTS
 from utils.problems import Problem
 from utils.tasks import MathTask
 from utils.votes import majority_vote
@@ -130,3 +132,22 @@ def test_without_a_reference_no_metric_pretends_to_know_the_truth(script):
     metrics = script.channel_metrics(unknown, torch.tensor([0.0, 1.0, 1.0]))
     assert all(value != value for value in metrics.values())
     assert MathTask([], [], {}).grade(Problem("q", None, []), ["#### 1"]) != 0.0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_advantage_noise_of_a_run(name, run_main):
+    """None without reward errors; with a coin the advantages hardly follow the truth."""
+    flags = {"model": str(ROOT / "assets" / "tiny_math"), "dataset": str(ROOT / "assets" / "data" / "tiny_math")}
+    flags |= {
+        "updates": 1,
+        "prompts_per_update": 16,
+        "samples_per_prompt": 4,
+        "max_new_tokens": 48,
+        "micro_batch_size": 16,
+    }
+    shares = []
+    for noise in ("none", "random"):
+        folder = run_main(name, **flags, noise=noise, run_name=noise)
+        last = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))[-1]
+        shares.append(float(last["objective/advantage_noise"]))
+    assert shares[0] == pytest.approx(0, abs=1e-5) and shares[1] > 0.7
