@@ -68,10 +68,10 @@ def corrected() -> dict[tuple[str, str], Flags]:
     return extra
 
 
-# Small runs, so that the grid fits into an evening: 20 updates of 128 episodes over 160 problems, so every problem comes four times (a
+# Small runs, so that the grid fits into an evening: 20 updates of 96 episodes over 120 problems, so every problem comes four times (a
 # label that is always wrong is met again).
 SMALL: Flags = {
-    "updates": 20, "prompts_per_update": 32, "epochs": 1, "minibatch_size": 32, "learning_rate": 1e-4, "train_split": "train[:160]",
+    "updates": 20, "prompts_per_update": 24, "epochs": 1, "minibatch_size": 24, "learning_rate": 1e-4, "train_split": "train[:120]",
     "eval_every": 5, "save_every": 10,
 }  # fmt: skip
 SYMMETRIC = {"symmetric 0.2": ARMS["symmetric 0.2"]}

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from utils.errors import stop
-from utils.models import save_policy
+from utils.models import has_adapters, save_policy
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -51,7 +50,7 @@ def save_checkpoint(run: Path, update: int, policy, tokenizer, state: dict[str, 
 def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     """Give the policy the weights of a checkpoint; with LoRA its adapters."""
     adapters = state.get("adapters")
-    if bool(adapters) != isinstance(policy, PeftModel):
+    if bool(adapters) != has_adapters(policy):
         stop(f"--lora-rank: the run was made {'with' if adapters else 'without'} LoRA and cannot go on otherwise")
     mine = policy.state_dict()
     if adapters and any(mine[name].shape != x.shape for name, x in adapters.items()):

@@ -8,8 +8,6 @@ import sys
 
 import torch
 from jinja2 import TemplateError
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -106,7 +104,7 @@ def answer(policy, chat: Chat, conversations: list[list[dict[str, str]]], tokens
 def load_policy(
     name: str, device: torch.device, lora_rank: int = 0, dtype: torch.dtype = torch.float32, system: str | None = None,
     thinking: bool = False,
-) -> tuple[PreTrainedModel | PeftModel, Chat]:  # fmt: skip
+) -> tuple[nn.Module, Chat]:  # fmt: skip
     """A causal LM with dropout off, and its chat format. Its weights are in float32; with `lora_rank` they are frozen, in `dtype`,
     and LoRA adapters on every linear layer but the LM head are what can be trained. Stops with one sentence if `name` does not
     load."""
@@ -127,6 +125,8 @@ def load_policy(
     # nothing but EOS is inherited: a model's own top-k or repetition penalty would bias the ratios
     model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
     if lora_rank:
+        from peft import LoraConfig, get_peft_model  # takes seconds: imported only where it is used
+
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     return model.to(device).eval(), Chat(tokenizer, eos_ids, system, thinking)
@@ -139,21 +139,26 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, frozen)
 
 
+def has_adapters(policy: nn.Module) -> bool:
+    """Whether it was loaded with LoRA: then it is peft's wrapper of a transformers model, else that model itself."""
+    return hasattr(policy, "get_base_model")
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
-def save_policy(policy: PreTrainedModel | PeftModel, folder: str | os.PathLike) -> None:
+def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
     """Write the policy as plain transformers loads it: with LoRA the adapters are merged into the weights, layer by layer on the
     CPU, in the precision of the frozen weights. The policy itself stays as it is."""
-    if not isinstance(policy, PeftModel):
+    if not has_adapters(policy):
         policy.save_pretrained(folder)
         return
     model = policy.get_base_model()
     state = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items() if "lora_" not in name}
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if hasattr(layer, "lora_A"):
             weight = layer.get_base_layer().weight
             state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
     model.save_pretrained(folder, state_dict={name: x.cpu() for name, x in state.items()})
