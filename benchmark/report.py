@@ -1,6 +1,6 @@
 """Tables and figures of the experiments, from the committed CSVs alone.
 
-    python benchmark/report.py                               # benchmark/results/<experiment>.md and .png, and the tables in the README
+    python benchmark/report.py                               # benchmark/results/<experiment>*.md and .png, and the tables in the README
     python benchmark/report.py noise_grid
 
 A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five
@@ -223,37 +223,91 @@ def spread(axis, x, samples: list[np.ndarray], color: str, label: str | None = N
     axis.fill_between(x, low, high, color=color, alpha=0.10, lw=0)
 
 
-def figure(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> None:
+def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> None:
+    """Score by episodes, a panel for each arm."""
+    arms, methods = ordered(name, runs)
+    columns = min(4, len(arms))
+    plot, axes = panels(-(-len(arms) // columns), columns)
+    for axis, arm in zip(axes, arms, strict=False):
+        for i, method in enumerate(methods):
+            some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
+            found = [(episodes, group["score"].dropna().to_numpy()) for episodes, group in some.groupby("episodes")]
+            if found:
+                x, samples = zip(*found, strict=True)
+                spread(axis, x, list(samples), f"C{i}", method)
+        axis.set_title(arm, fontsize=10)
+        axis.set_xlabel("episodes", fontsize=8)
+    axes[0].legend(fontsize=7)
+    save(plot, axes[len(arms) :], out)
+
+
+def by_rate(name: str, runs: pd.DataFrame, out: Path) -> None:
+    """Last score by rate of symmetric flips, a panel for each method, with the others in grey behind it."""
+    arms, methods = ordered(name, runs)
+    arms = [arm for arm in arms if arm in RATES]
+    plot, axes = panels(-(-len(methods) // 3), min(3, len(methods)), size=(3.2, 2.3), sharey=True)
+    for i, (axis, method) in enumerate(zip(axes, methods, strict=False)):
+        for other in [*(m for m in methods if m != method), method]:
+            found = [(RATES[arm], x) for arm in arms if len(x := values(runs, arm, other).to_numpy())]
+            if not found:
+                continue
+            x, samples = zip(*found, strict=True)
+            if other == method:
+                spread(axis, x, list(samples), f"C{i}")
+            else:
+                axis.plot(x, [summary(sample)[0] for sample in samples], color="0.8", lw=1)
+        axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
+        axis.set_title(method, fontsize=10)
+        axis.set_xlabel("flip rate", fontsize=8)
+    axes[0].set_ylabel("last score; dotted: without training", fontsize=8)
+    save(plot, axes[len(methods) :], out)
+
+
+def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
+    """Last score of every method in every arm, with intervals."""
+    arms, methods = ordered(name, runs)
+    plot, (axis,) = panels(1, 1, size=(11, 4.5))
+    for i, method in enumerate(methods):
+        found = [(n, x) for n, arm in enumerate(arms) if len(x := values(runs, arm, method).to_numpy())]
+        x, samples = zip(*found, strict=True)
+        middle, low, high = (np.array(column) for column in zip(*map(summary, samples), strict=True))
+        shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        reach = np.nan_to_num([middle - low, high - middle])
+        axis.errorbar(np.array(x) + shift, middle, reach, fmt="o", color=f"C{i}", markersize=4, lw=1.2, label=method)
+    axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1, label="without training")
+    for n in range(1, len(arms)):
+        axis.axvline(n - 0.5, color="0.9", lw=0.8)
+    axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms])
+    axis.set_ylabel("last score", fontsize=8)
+    axis.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    save(plot, [], out)
+
+
+def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharey: bool = False):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms, methods = ordered(name, runs)
-    colors = {method: f"C{i}" for i, method in enumerate(methods)}
-    rates = [arm for arm in arms if arm in RATES]
-    panels = [("rates", None)] * (len(rates) > 2) + [("curves", arm) for arm in arms]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    plot, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
-    for axis, (kind, arm) in zip(axes.flat, panels, strict=False):
-        for method in methods:
-            if kind == "rates":
-                found = [(RATES[a], x) for a in rates if len(x := values(runs, a, method).to_numpy())]
-            else:
-                some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
-                found = [(episodes, group["score"].dropna().to_numpy()) for episodes, group in some.groupby("episodes")]
-            if found:
-                x, samples = zip(*found, strict=True)
-                spread(axis, x, list(samples), colors[method], method)
-        axis.set_title("last score by rate of symmetric flips" if kind == "rates" else arm, fontsize=10)
-        axis.set_xlabel("flip rate" if kind == "rates" else "episodes", fontsize=8)
+    shape = {
+        "figsize": (size[0] * columns, size[1] * rows),
+        "squeeze": False,
+        "layout": "constrained",
+        "sharey": sharey,
+    }
+    plot, axes = plt.subplots(rows, columns, **shape)
+    for axis in axes.flat:
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
+        axis.grid(alpha=0.3, axis="y")
+    return plot, list(axes.flat)
+
+
+def save(plot, unused: list, out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for axis in unused:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
-    plot.savefig(out, dpi=130)
+    plot.savefig(out, dpi=110)
     plt.close(plot)
 
 
@@ -267,14 +321,18 @@ def insert(text: str, name: str, table: str) -> str:
 
 
 def report(name: str) -> str | None:
-    """Writes the experiment's .md and .png beside its CSV and returns the tables; None if nothing has been run."""
+    """Writes the experiment's .md and .png files beside its CSV and returns the tables; None if nothing has been run."""
     frame = load(name)
     if frame.empty:
         return None
     runs = by_run(frame)
-    tables = grid_tables(name, runs) if len(EXPERIMENTS[name].arms) > 3 else plain_table(name, runs)
+    grid = len(EXPERIMENTS[name].arms) > 3
+    tables = grid_tables(name, runs) if grid else plain_table(name, runs)
     (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{tables}")
-    figure(name, frame, runs, RESULTS / f"{name}.png")
+    curves(name, frame, runs, RESULTS / f"{name}.png")
+    if grid:
+        by_rate(name, runs, RESULTS / f"{name}_rates.png")
+        by_arm(name, runs, RESULTS / f"{name}_arms.png")
     return tables
 
 

@@ -235,8 +235,8 @@ def test_report_of_a_grid(made_up, tmp_path):
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
     overall = text.split("Over all arms but coin, 3 seeds")[1]
     assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 (1.000 to 1.000) |" in overall
-    picture = (tmp_path / "results" / "noise_grid.png").read_bytes()
-    assert len(picture) > 20000
+    for figure in ("noise_grid", "noise_grid_rates", "noise_grid_arms"):
+        assert len((tmp_path / "results" / f"{figure}.png").read_bytes()) > 20000
     report.main(report.Args((), readme))
     assert readme.read_text() == text  # made again, the same
 
