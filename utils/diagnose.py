@@ -5,7 +5,7 @@ python -m utils.diagnose runs/A runs/B                                  # every 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated
 
 import tyro
@@ -50,11 +50,19 @@ class History:
         values = list(self.metrics[key].values())
         return fmean(values[-max(1, len(values) // 3) :])
 
+    def worst(self, key: str) -> float:
+        """The largest running mean of five."""
+        return max(self.running(key))
+
+    def running(self, key: str) -> list[float]:
+        """Means of each update and the four before it."""
+        values = list(self.metrics[key].values())
+        return [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+
     def since(self, key: str, holds) -> int:
         """The first update from which on a running mean of five satisfies `holds`; the last one if none does."""
-        updates, values = list(self.metrics[key]), list(self.metrics[key].values())
-        smooth = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-        start = len(values) - 1
+        updates, smooth = list(self.metrics[key]), self.running(key)
+        start = len(smooth) - 1
         while start > 0 and holds(smooth[start]) and holds(smooth[start - 1]):
             start -= 1
         return updates[start]
@@ -84,6 +92,10 @@ def blind_critic(run: History) -> Finding | None:
     if "beta" in run.flags and run.flags.get("bottleneck_layers"):
         advice += ", a lower --beta or lower --lambda-ent and --lambda-ppl"
     text = f"{key} is {late:.3f} over the last third of the run"
+    losses = list(run.metrics.get("losses/value", {}).values())
+    if losses and max(losses) > 10 * median(losses):  # it was thrown far off and could not come back
+        text += f"; losses/value went up to {max(losses):.0f}, its median is {median(losses):.1f}"
+        advice = "a lower --critic-learning-rate and --head-learning-rate"
     return Finding(f"the critic {says}", text, run.since(key, lambda x: x < 0.02), advice)
 
 
@@ -149,7 +161,9 @@ def hacked_reward(run: History) -> Finding | None:
     if not run.has(seen, truth):
         return None
     up, down = run.late(seen) - run.early(seen), run.late(truth) - run.early(truth)
-    if up < 0.05 or down > -0.03:
+    episodes = len(run.metrics[truth]) * run.flags["prompts_per_update"] * run.flags["samples_per_prompt"]
+    error = (0.25 * (5 + 3) / episodes) ** 0.5  # at most, of a share in a third less that in a fifth of the episodes
+    if up < max(0.05, 2 * error) or down > -max(0.03, 2 * error):
         return None
     level = run.early(truth) - 0.03
     text = f"{seen} rose by {up:.2f} while {truth} fell by {-down:.2f}"
@@ -186,18 +200,21 @@ def noisy_advantages(run: History) -> Finding | None:
         return None
     text = f"the reward's errors make {run.late(key):.0%} of the variance of the advantages over the last third of the run ({key})"
     advice = "a lower --noise-rate or another --reward-model; if there is none, more --prompts-per-update"
+    if (
+        run.flags.get("temperature", 1.0) < 0.7
+    ):  # answers to one prompt are all alike, and only the errors tell them apart
+        advice = "--temperature 1"
     return Finding("the advantages are mostly noise", text, run.since(key, lambda x: x >= 0.9), advice)
 
 
 def dead_entropy(run: History) -> Finding | None:
     """The policy has stopped exploring before it was right."""
     key = "objective/entropy"
-    if not run.has(key) or run.late(key) >= 0.1 * run.early(key):
+    if not run.has(key) or run.late(key) >= (level := max(0.005, 0.1 * run.early(key))):
         return None
     if run.has("reward/clean") and run.late("reward/clean") > 0.9:
         return None
     text = f"{key} went from {run.early(key):.3f} to {run.late(key):.4f} nats per token"
-    level = 0.1 * run.early(key)
     advice = "--entropy-coef 0.003, a lower --learning-rate"
     return Finding("exploration is gone", text, run.since(key, lambda x: x < level), advice)
 
@@ -213,19 +230,16 @@ def silent_groups(run: History) -> Finding | None:
 
 
 def large_steps(run: History) -> Finding | None:
-    """The policy moves far from the one that sampled."""
-    if not run.has("losses/approx_kl", "losses/clipfrac"):
-        return None
-    kl, clipped = run.late("losses/approx_kl"), run.late("losses/clipfrac")
-    if kl < 0.1 and clipped < 0.3:
-        return None
-    text = f"losses/approx_kl is {kl:.2f} and losses/clipfrac {clipped:.2f} over the last third of the run"
-    since = (
-        run.since("losses/approx_kl", lambda x: x >= 0.1)
-        if kl >= 0.1
-        else run.since("losses/clipfrac", lambda x: x >= 0.3)
-    )
-    return Finding("the policy's steps are too large", text, since, "a lower --learning-rate, fewer --epochs")
+    """The policy moves, or once moved, far from the one that sampled."""
+    for key, limit in (("losses/approx_kl", 0.1), ("losses/clipfrac", 0.3)):
+        if run.has(key) and run.worst(key) >= limit:
+            updates = list(run.metrics[key])
+            since = next(update for update, x in zip(updates, run.running(key), strict=True) if x >= limit)
+            text = (
+                f"{key} was up to {run.worst(key):.2f} on average over five updates, where less than {limit} is usual"
+            )
+            return Finding("the policy's steps are too large", text, since, "a lower --learning-rate, fewer --epochs")
+    return None
 
 
 def cut_answers(run: History) -> Finding | None:
@@ -238,17 +252,18 @@ def cut_answers(run: History) -> Finding | None:
 
 
 SIGNATURES = (
-    useless_channel, blind_critic, collapsed_bottleneck, dominating_kl, starved_tokens, inflating_length, hacked_reward, collapse,
-    noisy_advantages, dead_entropy, silent_groups, large_steps, cut_answers,
+    useless_channel, large_steps, blind_critic, collapsed_bottleneck, dominating_kl, starved_tokens, noisy_advantages, silent_groups,
+    cut_answers, inflating_length, hacked_reward, dead_entropy, collapse,
 )  # fmt: skip
 
 
 def diagnose(folder: Path) -> list[Finding]:
-    """The findings of a run, in the order of SIGNATURES; none for a run of fewer than LEAST updates."""
+    """The findings of a run, those first that began first (causes tend to precede); none for a run of fewer than LEAST updates."""
     flags, by_episodes = read_run(folder)
     count = flags["prompts_per_update"] * flags["samples_per_prompt"]
     metrics = {key: {round(e / count): x for e, x in series.items()} for key, series in by_episodes.items()}
-    return [finding for signature in SIGNATURES if (finding := signature(History(flags, metrics)))]
+    findings = [finding for signature in SIGNATURES if (finding := signature(History(flags, metrics)))]
+    return sorted(findings, key=lambda finding: finding.since)
 
 
 def sentences(folder: Path) -> str:
