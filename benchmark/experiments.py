@@ -17,6 +17,7 @@ class Method:
 @dataclass(frozen=True)
 class Experiment:
     """`flags` hold for all runs; those of the method and of the arm come on top, and last those of `extra` for a method in an arm.
+    A method's runs are compared with those of the method that `against` names for it, by default the first one (None: with none).
     `seconds` is what a run took on one thread of a two-core machine."""
 
     about: str
@@ -25,6 +26,7 @@ class Experiment:
     arms: dict[str, Flags]
     seeds: tuple[int, ...] = (1, 2, 3)
     extra: dict[tuple[str, str], Flags] = field(default_factory=dict)
+    against: dict[str, str] | None = field(default_factory=dict)
     seconds: float = 65.0
 
 
@@ -96,41 +98,42 @@ EXPERIMENTS = {
         (101, 102),
         {("corrected GRPO", f"learning rate {rate:g}"): {"assumed_false_positive_rate": 0.2, "assumed_false_negative_rate": 0.2}
          for rate in RATES},
+        against=None,
     ),
     "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, (1, 2, 3, 4, 5), corrected()),
     "bottleneck_depth": Experiment(
         "no, one and two Gaussian layers",
         SMALL,
-        methods("PPO") | vrpo({f"depth {n}": {"bottleneck_layers": n} for n in (0, 1, 2)}),
+        vrpo({f"depth {n}": {"bottleneck_layers": n} for n in (1, 0, 2)}) | methods("PPO"),
         SYMMETRIC,
     ),
     "token_ratio": Experiment(
         "share of the tokens under the semantic losses, at two noise rates",
         SMALL,
-        methods("PPO") | vrpo({f"{ratio:.0%} of the tokens": {"token_ratio": ratio} for ratio in (0.2, 0.5, 0.8, 1.0)}),
+        vrpo({f"{ratio:.0%} of the tokens": {"token_ratio": ratio} for ratio in (0.8, 0.2, 0.5, 1.0)}) | methods("PPO"),
         {name: ARMS[name] for name in ("symmetric 0.2", "symmetric 0.3")},
     ),
     "beta_sweep": Experiment(
         "the price of the code",
         SMALL,
-        methods("PPO") | vrpo({f"beta {beta:g}": {"beta": beta} for beta in (0.0, 0.0003, 0.003, 0.03, 0.3)}),
+        vrpo({f"beta {beta:g}": {"beta": beta} for beta in (0.003, 0.0, 0.0003, 0.03, 0.3)}) | methods("PPO"),
         SYMMETRIC,
     ),
     "semantic_head": Experiment(
         "frozen, learned or no LM head, all tokens, and the paper's weights",
         SMALL,
-        methods("PPO")
-        | vrpo({
+        vrpo({
             "frozen": {},
             "learned": {"lm_head": "learned"},
             "none": NO_WORDS,
             "all tokens": {"token_ratio": 1.0},
             "the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5},
-        }),
+        })
+        | methods("PPO"),
         SYMMETRIC,
     ),
     "advantage_variance": Experiment(
-        "the share of the advantages' variance that the flips make (objective/advantage_noise)",
+        "the share of the advantages' variance that the flips make (objective/advantage_noise; the critic's own errors count as no noise)",
         SMALL,
         methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++", "PPO")
         | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
@@ -143,15 +146,18 @@ EXPERIMENTS = {
         {
             f"{name}, lambda {value:g}": Method(METHODS[name].script, {"gae_lambda": value})
             for name in ("PPO", "VRPO")
-            for value in (0.5, 0.9, 0.95, 1.0)
+            for value in (0.95, 0.5, 0.9, 1.0)
         },
         SYMMETRIC,
+        against={f"VRPO, lambda {value:g}": "VRPO, lambda 0.95" for value in (0.5, 0.9, 1.0)}
+        | {"VRPO, lambda 0.95": "PPO, lambda 0.95"},
     ),
     "critic_warmup": Experiment(
         "first updates that train the critic alone, within the same number of episodes",
         SMALL,
         {f"{name}, warm-up {n}": Method(METHODS[name].script, {"critic_warmup": n}) for name in ("PPO", "VRPO") for n in (0, 5)},
         SYMMETRIC,
+        against={"VRPO, warm-up 5": "VRPO, warm-up 0"},
     ),
     "failures": Experiment(
         "runs that are bound to fail, and two sound ones, for utils/diagnose.py (--keep tests/recorded)",
@@ -170,6 +176,7 @@ EXPERIMENTS = {
         },
         {"once": {}},
         (1,),
+        against=None,
     ),
     "science_methods": Experiment(
         "the methods on science questions",

@@ -7,7 +7,7 @@ A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR
 seeds or more: the inter-quartile mean (the mean of the middle half; arXiv 2108.13264) with a 95 % bootstrap interval; over fewer: mean and
 range. Two methods are compared by the differences between their runs of the same seed, with Student's t, since bootstrap intervals are too
 narrow for five seeds; and by the probability of improvement, the share of pairs of runs that the first one wins, resampling seeds for all
-arms together, since they share prompts and draws.
+arms together, since they share prompts and draws (with five of them that interval too is rather too narrow).
 """
 
 import re
@@ -31,7 +31,9 @@ from utils.errors import stop  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
 
 RIVALS = ("PPO", "GRPO")  # whom VRPO is compared with in every arm
-CONTROLS = ("coin",)  # arms that no average is taken over
+TWINS = ("corrected GRPO", "Dr.GRPO")  # the same method but for rounding: what separates these two separates nothing
+CONTROLS = ("no noise", "coin")  # arms that no average is taken over
+ENOUGH = 5  # seeds for a bootstrap interval
 RATES = {arm: flags.get("noise_rate", 0.0) for arm, flags in ARMS.items() if flags["noise"] in ("none", "symmetric")}
 TITLES = {
     "last": "last",
@@ -61,7 +63,7 @@ def resampled(data: np.ndarray, statistic: Callable, vectorized: bool) -> tuple[
 
 def summary(x: np.ndarray) -> tuple[float, float, float]:
     """Inter-quartile mean and bootstrap interval of five runs or more, mean and range of fewer, NaN for the range of one."""
-    if len(x) >= 5:
+    if len(x) >= ENOUGH:
         return resampled(x, iqm, vectorized=True)
     return (
         (float(x.mean()), float(x.min()), float(x.max())) if len(x) > 1 else (float(x[0]), float("nan"), float("nan"))
@@ -69,13 +71,17 @@ def summary(x: np.ndarray) -> tuple[float, float, float]:
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """P(X > Y) + P(X = Y) / 2 over the pairs of runs of an arm, averaged over arms, and its interval; x and y are (arms, seeds)."""
+    """P(X > Y) + P(X = Y) / 2 over the pairs of runs of an arm, averaged over arms, and its interval (NaN for fewer than five seeds); x and
+    y are (arms, seeds)."""
 
     def probability(seeds: np.ndarray) -> float:
         x_, y_ = (z[:, seeds.astype(int)] for z in (x, y))
         return 0.5 + 0.5 * np.sign(x_[:, :, None] - y_[:, None, :]).mean()
 
-    return resampled(np.arange(x.shape[1]), probability, vectorized=False)
+    seeds = np.arange(x.shape[1])
+    if len(seeds) < ENOUGH:
+        return float(probability(seeds)), float("nan"), float("nan")
+    return resampled(seeds, probability, vectorized=False)
 
 
 def student(x: np.ndarray) -> tuple[float, float, float]:
@@ -122,8 +128,23 @@ def ordered(name: str, runs: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 def cell(numbers: tuple[float, float, float], signed: bool = False) -> str:
+    if numbers[0] != numbers[0]:
+        return ""
     middle, low, high = (f"{x:+.3f}" if signed else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}" for x in numbers)
     return middle if numbers[1] != numbers[1] else f"{middle} ({low} to {high})"
+
+
+def cell_of(x: np.ndarray, most: int) -> str:
+    """Summary of some runs; their number where it is not `most`, the table's usual one."""
+    if not len(x):
+        return ""
+    return cell(summary(x)) + ("" if len(x) == most else f" of {len(x)}")
+
+
+def kind(seeds: int) -> str:
+    """What `summary` gives for so many seeds."""
+    measure = "inter-quartile mean and its 95 % bootstrap interval" if seeds >= ENOUGH else "mean and range"
+    return f"{measure}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -149,35 +170,35 @@ def grid_tables(name: str, runs: pd.DataFrame) -> str:
     """Arms as columns: last score, what was lost since the peak; then VRPO against its rivals, and all methods over all arms."""
     arms, methods = ordered(name, runs)
     runs = runs.assign(lost=runs["peak"] - runs["last"])
-    planned, made = len(jobs_of(name)), len(runs)
-    parts = [f"{made} of {planned} runs." if made < planned else f"All {made} runs."]
+    planned = {(job.arm, job.method, job.seed) for job in jobs_of(name)}
+    made = len(planned & set(runs.index))
+    parts = [f"All {made} runs." if made == len(planned) else f"{made} of {len(planned)} runs so far."]
+    most = int(runs.groupby(["arm", "method"]).size().max())
     for key, title in (("last", "Last score"), ("lost", "Lost since the peak")):
         rows = []
         for method in methods:
-            found = [values(runs, arm, method, key).to_numpy() for arm in arms]
-            rows.append([method, *(cell(summary(x)) if len(x) else "" for x in found)])
-        parts.append(f"{title}:\n\n" + markdown(["method", *arms], rows))
-    rivals = [rival for rival in RIVALS if rival in methods]
-    if "VRPO" in methods and rivals:
+            rows.append([method, *(cell_of(values(runs, arm, method, key).to_numpy(), most) for arm in arms)])
+        parts.append(f"{title} ({kind(most)}):\n\n" + markdown(["method", *arms], rows))
+    pairs = [(a, b) for a, b in (*(("VRPO", rival) for rival in RIVALS), TWINS) if {a, b} <= set(methods)]
+    if pairs:
         rows = []
         for arm in arms:
-            numbers = [student(difference(runs, arm, "VRPO", rival)) for rival in rivals]
+            numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
             rows.append([arm, *(word for x in numbers for word in (cell(x, signed=True), verdict(*x[1:])))])
-        header = ["arm", *(word for rival in rivals for word in (f"VRPO − {rival}", f"VRPO is, against {rival}"))]
-        warning = (
-            f"of {len(rows) * len(rivals)} such comparisons one in twenty would come out as better or worse by luck"
-        )
-        parts.append(f"VRPO against its rivals, paired by seed ({warning}):\n\n" + markdown(header, rows))
-    return "\n\n".join([*parts, overall(runs, [arm for arm in arms if arm not in CONTROLS], methods)])
+        header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
+        warning = f"of {len(rows) * len(pairs)} such comparisons one in twenty comes out as better or worse by luck"
+        about = f"Mean differences of runs of the same seed, with 95 % intervals by Student's t ({warning}; the last pair is one method twice)"
+        parts.append(f"{about}:\n\n" + markdown(header, rows))
+    return "\n\n".join([*parts, overall(name, runs, methods)])
 
 
-def overall(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
-    """Means over arms, of the seeds that all methods have in all arms."""
+def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
+    """Means over the noisy arms, of the seeds that all methods have in all of them."""
+    arms = [arm for arm in EXPERIMENTS[name].arms if arm not in CONTROLS]
+    title = f"Over the {len(arms)} arms other than {' and '.join(CONTROLS)}"
     table = runs["last"].unstack(["arm", "method"])
     cells = [(arm, method) for arm in arms for method in methods]
-    complete = set(cells) <= set(table.columns) and len(table := table[cells].dropna()) > 1
-    title = f"Over all arms but {', '.join(CONTROLS)}"
-    if not complete:
+    if not set(cells) <= set(table.columns) or len(table := table[cells].dropna()) < 2:
         return f"{title}: not yet, as no two seeds are complete.\n"
     scores = {method: np.stack([table[arm, method] for arm in arms]) for method in methods}  # (arms, seeds)
     rivals = [rival for rival in RIVALS if rival in scores]
@@ -190,27 +211,39 @@ def overall(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
         rows.append(row)
     words = [(f"− {rival}", f"probability of improvement over {rival}") for rival in rivals]
     header = ["method", "mean of the last scores", *(word for pair in words for word in pair)]
-    return f"{title}, {len(table)} seeds (intervals of means by Student's t over seeds):\n\n" + markdown(header, rows)
+    about = "intervals of means and differences by Student's t over seeds, of probabilities by bootstrap over seeds"
+    return f"{title}, {len(table)} seeds ({about}):\n\n" + markdown(header, rows)
 
 
 def plain_table(name: str, runs: pd.DataFrame) -> str:
-    """A row for each arm and method: last and peak score, the difference from the first method, and the measures that some run has."""
+    """A row for each arm and method: last score, its difference from another method, peak, and the measures that some run has."""
     arms, methods = ordered(name, runs)
+    against = EXPERIMENTS[name].against
     keys = [key for key in TITLES if key in runs and runs[key].notna().any()]
+    most = int(runs.groupby(["arm", "method"]).size().max())
     rows = []
     for arm in arms:
         for method in methods:
-            found = [values(runs, arm, method, key).to_numpy() for key in keys]
-            if len(found[0]):
-                against = (
-                    ""
-                    if method == methods[0]
-                    else cell(student(difference(runs, arm, method, methods[0])), signed=True)
-                )
-                cells = [cell(summary(x)) if len(x) else "" for x in found]
-                rows.append([arm, method, str(len(found[0])), cells[0], against, *cells[1:]])
+            cells = [cell_of(values(runs, arm, method, key).to_numpy(), most) for key in keys]
+            if not cells[0]:
+                continue
+            compared = []
+            if against is not None:
+                other = against.get(method, methods[0])
+                number = cell(student(difference(runs, arm, method, other)), signed=True) if other != method else ""
+                compared = [f"{number} from {other}" if number else ""]
+            rows.append([arm, method, cells[0], *compared, *cells[1:]])
     titles = [TITLES[key] for key in keys]
-    return markdown(["arm", "method", "seeds", titles[0], f"− {methods[0]} (95 %)", *titles[1:]], rows)
+    compared = [] if against is None else ["difference (95 %, Student's t)"]
+    return f"Cells: {kind(most)}.\n\n" + markdown(["arm", "method", titles[0], *compared, *titles[1:]], rows)
+
+
+def tables(name: str, runs: pd.DataFrame) -> str:
+    return (grid_tables if is_grid(name) else plain_table)(name, runs)
+
+
+def is_grid(name: str) -> bool:
+    return len(EXPERIMENTS[name].arms) > 3
 
 
 # ==== Figures =========================================================================================================
@@ -272,7 +305,7 @@ def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
         x, samples = zip(*found, strict=True)
         middle, low, high = (np.array(column) for column in zip(*map(summary, samples), strict=True))
         shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
-        reach = np.nan_to_num([middle - low, high - middle])
+        reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
         axis.errorbar(np.array(x) + shift, middle, reach, fmt="o", color=f"C{i}", markersize=4, lw=1.2, label=method)
     axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1, label="without training")
     for n in range(1, len(arms)):
@@ -323,17 +356,20 @@ def insert(text: str, name: str, table: str) -> str:
 def report(name: str) -> str | None:
     """Writes the experiment's .md and .png files beside its CSV and returns the tables; None if nothing has been run."""
     frame = load(name)
+    if others := len(results(name)) - len(frame):
+        print(
+            f"{name}: {others} rows were made with other flags than the present ones and are left out", file=sys.stderr
+        )
     if frame.empty:
         return None
     runs = by_run(frame)
-    grid = len(EXPERIMENTS[name].arms) > 3
-    tables = grid_tables(name, runs) if grid else plain_table(name, runs)
-    (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{tables}")
+    text = tables(name, runs)
+    (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{text}")
     curves(name, frame, runs, RESULTS / f"{name}.png")
-    if grid:
+    if is_grid(name):
         by_rate(name, runs, RESULTS / f"{name}_rates.png")
         by_arm(name, runs, RESULTS / f"{name}_arms.png")
-    return tables
+    return text
 
 
 @dataclass
@@ -349,12 +385,12 @@ def main(args: Args) -> None:
         stop(f"{' '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
     text = args.readme.read_text()
     for name in args.experiments or EXPERIMENTS:
-        tables = report(name)
-        if not tables and args.experiments:
+        made = report(name)
+        if not made and args.experiments:
             stop(f"{name}: nothing has been run with the present flags (python benchmark/run.py {name})")
-        if tables:
-            text = insert(text, name, tables)
-            print(f"{name}\n\n{tables}")
+        if made:
+            text = insert(text, name, made)
+            print(f"{name}\n\n{made}")
     write_atomically(args.readme, text)
 
 

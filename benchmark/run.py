@@ -2,7 +2,7 @@
 
     python benchmark/run.py --list                           # what there is, and how long it takes on two cores
     python benchmark/run.py noise_grid --list                # its methods, arms and seeds
-    python benchmark/run.py noise_grid                       # can be stopped and continued at any moment
+    python benchmark/run.py noise_grid                       # Ctrl-C stops it, the same command goes on
     python benchmark/run.py noise_grid --methods PPO VRPO --arms "symmetric 0.2" --seeds 1
     python benchmark/run.py noise_grid --commands            # the commands, to run by hand
     python benchmark/report.py                               # tables and figures, from the CSVs alone
@@ -95,11 +95,17 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return RUNS / self.experiment / f"{self.name}-{self.digest}"
+        """The same for all experiments that have this run."""
+        return RUNS / f"{self.script}-seed-{self.seed}-{self.digest}"
 
     @property
     def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.with_suffix(".log")
+
+    @property
+    def commits(self) -> Path:
+        """File with the commits that the run was made by: more than one if it was stopped and went on after a change."""
+        return self.folder.with_suffix(".commits")
 
 
 @cache
@@ -136,22 +142,23 @@ def read_rows(job: Job) -> list[dict]:
     names = [name for name in METRICS if name in frame]
     spans = evaluated[::-1].cumsum()[::-1]  # the same number from after an evaluation to the next
     means, seconds = frame.groupby(spans)[names].mean(), frame.groupby(spans)["seconds"].sum()
+    made_by = " ".join(dict.fromkeys(job.commits.read_text().split())) if job.commits.exists() else ""
     rows = []
     for i in frame.index[evaluated]:
-        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest, "commit": commit()}
+        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest, "commit": made_by}
         row |= {key: int(frame[column][i]) for key, column in (("update", "update"), ("episodes", "charts/episodes"))}
         rows.append(row | means.loc[spans[i]].to_dict() | {"seconds": seconds[spans[i]]})
     return rows
 
 
-@cache
 def commit() -> str:
-    """The commit at hand, with + if files differ from it; empty where there is no git."""
+    """The commit at hand, with + if a script or an asset differs from it; empty where there is no git."""
     try:
-        words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ":(glob)*.py", "utils", "assets"])
+        head, changes = (subprocess.run(["git", *x], cwd=ROOT, capture_output=True, text=True).stdout for x in asked)
     except OSError:
         return ""
+    return head.strip() + ("+" if changes else "")
 
 
 class Workers:
@@ -181,6 +188,8 @@ class Workers:
             with self.guard:
                 if self.stopping:
                     return []
+                with job.commits.open("a") as file:
+                    file.write(f"{commit()}\n")
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
                     start_new_session=True, pass_fds=(self.lock.fileno(),),
@@ -194,7 +203,7 @@ class Workers:
         return read_rows(job)
 
     def stop(self) -> None:
-        """Every run that is under way finishes its update, saves and leaves; asked twice, it leaves at once."""
+        """Every run that is under way finishes its update, saves and leaves."""
         with self.guard:
             self.stopping = True
             for process in list(self.running):
@@ -254,12 +263,11 @@ def listing(names: tuple[str, ...], console: Console) -> None:
 def keep(jobs: list[Job], folder: Path) -> None:
     """Copy args.json and metrics.csv of runs to `folder`."""
     for job in jobs:
-        made = next(RUNS.glob(f"*/*-{job.digest}/metrics.csv"), None)
-        if made is None:
+        if not read_rows(job):
             stop(f"--keep: the files of {job.name} are not in {RUNS} (only its rows are in the results)")
         (folder / job.name).mkdir(parents=True, exist_ok=True)
         for file in ("args.json", "metrics.csv"):
-            shutil.copy(made.with_name(file), folder / job.name)
+            shutil.copy(job.folder / file, folder / job.name)
 
 
 def chosen(name: str, args: "Args") -> list[Job]:
@@ -300,7 +308,7 @@ def main(args: Args) -> None:
         stop(f"which experiment? Before other flags, give one of {', '.join(EXPERIMENTS)} (--list says more)")
     if args.list:
         return listing(args.experiments, console)
-    jobs = [job for name in args.experiments for job in chosen(name, args)]
+    jobs = list(dict.fromkeys(job for name in args.experiments for job in chosen(name, args)))
     if args.commands:
         print("\n".join(shlex.join(["python", *job.command]) for job in jobs))
         return

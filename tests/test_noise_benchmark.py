@@ -26,7 +26,8 @@ import run as bench  # noqa: E402
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_every_run_of_an_experiment_has_valid_flags(name):
     jobs = bench.jobs_of(name)
-    assert len({job.key for job in jobs}) == len(jobs) == len({job.folder for job in jobs})
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert len({job.folder for job in jobs}) == len({job.digest for job in jobs})
     for job in jobs[: len(jobs) // len(experiments.EXPERIMENTS[name].seeds)]:
         module = importlib.import_module(job.script)
         check_flags(module.Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
@@ -108,19 +109,31 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     thread.join()
     assert not (tmp_path / "results").exists()
     assert 1 < len((job.folder / "metrics.csv").read_text().splitlines()) - 1 < 14  # it had saved and left
-    bench.main(bench.Args(("one", "two"), arms=("a",)))
+    monkeypatch.setattr(bench, "commit", lambda: "later")
+    bench.main(bench.Args(("one", "two", "one"), arms=("a",)))
     rows = read(tmp_path / "results" / "one.csv")
     assert [(row["arm"], int(row["update"])) for row in rows] == [("a", n) for n in range(0, 15, 2)]
     assert not saved.exists()
+    assert len({row["commit"] for row in rows}) == 1 and rows[0]["commit"].endswith(
+        " later"
+    )  # begun by one, ended by another
     other = read(tmp_path / "results" / "two.csv")
     assert [{**row, "method": "PPO"} for row in other] == rows
     monkeypatch.setattr(bench, "RUNS", bench.RUNS / "in one go")
+    job.commits.parent.mkdir(parents=True)
+    job.commits.write_text(f"{rows[0]['commit']}\n")
     whole = run_main("ppo_baseline", **job.flags, run_name=str(job.folder.relative_to("runs")))
     assert whole == tmp_path / job.folder
+    assert [{k: str(v) for k, v in row.items() if k in rows[0]} for row in bench.read_rows(job)][0][
+        "digest"
+    ] == job.digest
     bench.save("whole", bench.read_rows(job))
     assert read(tmp_path / "results" / "whole.csv") == rows
-    # all is there: nothing is run, but files can be kept
+    # all is there: nothing is run, another experiment takes the rows over, and files can be kept
     monkeypatch.setattr(bench.Workers, "run", None)
+    (tmp_path / "results" / "whole.csv").unlink()
+    bench.main(bench.Args(("whole", "whole"), arms=("a",)))
+    assert read(tmp_path / "results" / "whole.csv") == rows
     bench.main(bench.Args(("one", "two"), arms=("a",), keep=tmp_path / "kept"))
     kept = {p.parent.name: p.read_bytes() for p in (tmp_path / "kept").glob("*/metrics.csv")}
     assert set(kept) == {"ppo-a-1", "my-ppo-a-1"} and kept["ppo-a-1"] == (whole / "metrics.csv").read_bytes()
@@ -186,9 +199,17 @@ def test_statistics_by_hand():
     assert middle == 3 and 1 <= low < 3 < high <= 5
     assert report.summary(np.array([0.2, 0.9, 0.4])) == pytest.approx((0.5, 0.2, 0.9))  # few: mean and range
     assert report.cell(report.summary(np.array([0.4]))) == "0.400"
+    assert report.cell(report.student(np.array([]))) == "" == report.cell_of(np.array([]), 3)
+    assert report.cell_of(np.array([0.2, 0.4]), 3) == "0.300 (0.200 to 0.400) of 2"
     x, y = np.array([[3.0, 4.0]]), np.array([[1.0, 3.0]])
     assert report.improvement(x, y)[0] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
     assert report.improvement(np.concatenate([x, y]), np.concatenate([y, x]))[0] == pytest.approx(0.5)
+    assert np.isnan(report.improvement(x, y)[1:]).all()  # of two seeds there is no interval
+    # of five seeds the first three win: resampled, the share of winners among five draws is binomial(5, 0.6) / 5
+    won, lost = np.full((2, 5), 1.0), np.zeros((2, 5))
+    won[:, 3:] = -1.0
+    middle, low, high = report.improvement(won, lost)
+    assert middle == pytest.approx(0.6) and (low, high) == pytest.approx((0.2, 1.0))
     mean, low, high = report.student(np.array([1.0, 2.0, 3.0]))  # 2 +- 4.303 / sqrt(3)
     assert mean == 2 and (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     pairs = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.0))
@@ -230,31 +251,73 @@ def test_report_of_a_grid(made_up, tmp_path):
     )
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) | not told apart |"
-    assert rows["symmetric 0.2"] == expected
-    lost = text.split("Lost since the peak:")[1]
+    twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
+    assert rows["symmetric 0.2"] == f"{expected} {twice}"
+    lost = text.split("Lost since the peak (mean and range, 3 seeds):")[1]
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
-    overall = text.split("Over all arms but coin, 3 seeds")[1]
-    assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 (1.000 to 1.000) |" in overall
+    overall = text.split("Over the 8 arms other than no noise and coin, 3 seeds")[1]
+    assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 |" in overall
     for figure in ("noise_grid", "noise_grid_rates", "noise_grid_arms"):
         assert len((tmp_path / "results" / f"{figure}.png").read_bytes()) > 20000
     report.main(report.Args((), readme))
     assert readme.read_text() == text  # made again, the same
 
 
-def test_rows_of_other_flags_are_left_out(made_up):
+def test_rows_of_other_flags_are_left_out(made_up, capsys):
     pd.read_csv(made_up).assign(digest="other").to_csv(made_up, index=False)
     assert report.report("noise_grid") is None
+    assert "noise_grid: 810 rows were made with other flags" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_tables_of_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    for name in experiments.EXPERIMENTS:
-        frame = report.load(name)
-        if f"<!-- {name} -->" in text:
-            runs = report.by_run(frame)
-            tables = (
-                report.grid_tables(name, runs)
-                if len(experiments.EXPERIMENTS[name].arms) > 3
-                else report.plain_table(name, runs)
-            )
-            assert report.insert(text, name, tables) == text
+def test_report_of_a_part_of_the_grid(made_up):
+    """Three arms of two seeds, one run of them missing: no averages over arms, and the table says what it is made of."""
+    frame = pd.read_csv(made_up)
+    frame = frame[frame["arm"].isin(["no noise", "symmetric 0.1", "symmetric 0.2"]) & (frame["seed"] < 3)]
+    frame[(frame["arm"] != "no noise") | (frame["method"] != "PPO") | (frame["seed"] < 2)].to_csv(made_up, index=False)
+    text = report.report("noise_grid")
+    assert text.startswith("53 of 450 runs so far.") and "Last score (mean and range, 2 seeds)" in text
+    assert "| PPO | 0.560 of 1 | 0.565 (0.560 to 0.570) |" in text
+    assert "Over the 8 arms other than no noise and coin: not yet" in text
+    assert "| no noise | +0.200 | too few seeds |" in text
+
+
+def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp_path):
+    rows = []
+    for job in bench.jobs_of("gae_lambda"):
+        accuracy = (
+            0.5 + 0.01 * job.seed + (0.2 if job.method == "VRPO, lambda 0.5" else 0.1 * job.method.startswith("VRPO"))
+        )
+        rows.append(
+            dict(zip(bench.KEY, job.key, strict=True)) | {"update": 1, "episodes": 96, "eval/accuracy": accuracy}
+        )
+    pd.DataFrame(rows).to_csv(tmp_path / "gae_lambda.csv", index=False)
+    for module in (bench, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    lines = {
+        line.split(" | ")[1]: line for line in report.report("gae_lambda").splitlines() if line.startswith("| symm")
+    }
+    assert "+0.100 (+0.100 to +0.100) from VRPO, lambda 0.95" in lines["VRPO, lambda 0.5"]
+    assert "+0.100 (+0.100 to +0.100) from PPO, lambda 0.95" in lines["VRPO, lambda 0.95"]
+    assert "from" not in lines["PPO, lambda 0.95"] and "+0.000" in lines["PPO, lambda 1"]
+
+
+def test_what_a_method_is_compared_with_is_there_and_is_the_default():
+    for name, e in experiments.EXPERIMENTS.items():
+        for method, other in (e.against or {}).items():
+            assert method in e.methods and other in e.methods and method != other, name
+    for name in ("bottleneck_depth", "beta_sweep", "token_ratio", "semantic_head"):
+        e = experiments.EXPERIMENTS[name]
+        default = importlib.import_module("vrpo_math").Args()
+        first = next(iter(e.methods.values()))
+        assert all(getattr(default, key) == value for key, value in first.flags.items()), name
+
+
+@pytest.mark.parametrize("name", [name for name in experiments.EXPERIMENTS if len(bench.results(name))])
+def test_committed_tables_are_those_of_the_committed_rows(name):
+    frame = report.load(name)
+    assert len(frame) == len(bench.results(name))  # none of other flags
+    assert not frame.duplicated([*bench.KEY, "update"]).any()
+    text = report.tables(name, report.by_run(frame))
+    assert (report.RESULTS / f"{name}.md").read_text() == f"{experiments.EXPERIMENTS[name].about}\n\n{text}"
+    readme = (ROOT / "README.md").read_text()
+    assert report.insert(readme, name, text) == readme

@@ -50,22 +50,45 @@ class History:
         values = list(self.metrics[key].values())
         return fmean(values[-max(1, len(values) // 3) :])
 
-    def worst(self, key: str) -> float:
-        """The largest running mean of five."""
-        return max(self.running(key))
-
-    def running(self, key: str) -> list[float]:
-        """Means of each update and the four before it."""
-        values = list(self.metrics[key].values())
-        return [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+    def running(self, key: str) -> dict[int, float]:
+        """Means of five updates in a row by the last of them; the first of these stands for all updates up to it."""
+        updates, values = list(self.metrics[key]), list(self.metrics[key].values())
+        means = {updates[i]: fmean(values[i - 4 : i + 1]) for i in range(4, len(values))}
+        return {updates[0]: means.pop(updates[4])} | means
 
     def since(self, key: str, holds) -> int:
-        """The first update from which on a running mean of five satisfies `holds`; the last one if none does."""
-        updates, smooth = list(self.metrics[key]), self.running(key)
-        start = len(smooth) - 1
-        while start > 0 and holds(smooth[start]) and holds(smooth[start - 1]):
-            start -= 1
-        return updates[start]
+        """The first update of the last stretch in which the running mean satisfies `holds`; the last update if there is none."""
+        means = self.running(key)
+        held = [update for update, mean in means.items() if holds(mean)] or [max(means)]
+        broken = [update for update, mean in means.items() if not holds(mean) and update < held[-1]]
+        return min(update for update in held if update > max(broken, default=-1))
+
+    def now(self, flag: str, otherwise: float) -> float:
+        """The flag's present value."""
+        return self.flags.get(flag, otherwise)
+
+
+# what makes the rewards of a noise channel truer
+TRUER = {
+    "symmetric": "a lower --noise-rate", "persistent": "a lower --noise-rate", "group": "a lower --noise-rate",
+    "length": "a lower --noise-rate", "asymmetric": "a lower --false-positive-rate and --false-negative-rate",
+    "gaussian": "a lower --noise-sigma", "majority-vote": "more --vote-samples or a stronger --model",
+    "random": "another --noise, as nothing can be learnt from this control",
+}  # fmt: skip
+
+
+def truer_reward(run: History) -> str:
+    if run.flags.get("reward_model"):
+        return "another --reward-model"
+    return TRUER.get(run.flags.get("noise"), "problems whose answers are checked more surely (--dataset)")
+
+
+def more_kl(run: History) -> str:
+    return f"--kl-coef {max(0.05, 2 * run.now('kl_coef', 0.0)):g}"
+
+
+def smaller_steps(run: History) -> str:
+    return "a lower --learning-rate" + (", fewer --epochs" if run.now("epochs", 1) > 1 else "")
 
 
 def useless_channel(run: History) -> Finding | None:
@@ -78,7 +101,7 @@ def useless_channel(run: History) -> Finding | None:
         return None
     first = next(iter(run.metrics["reward/youden_j"]))
     text = f"reward/youden_j is {j:.2f} on average, where 1 is a clean channel and 0 a coin"
-    return Finding("the reward is nearly useless", text, first, "a lower --noise-rate or another --reward-model")
+    return Finding("the reward is nearly useless", text, first, truer_reward(run))
 
 
 def blind_critic(run: History) -> Finding | None:
@@ -117,14 +140,14 @@ def dominating_kl(run: History) -> Finding | None:
     """The price of the code outweighs the error that it is paid for."""
     if not run.has("vrpo/ib_kl", "losses/value") or not run.flags.get("beta"):
         return None
-    price, error = run.flags["beta"] * run.late("vrpo/ib_kl"), run.late("losses/value")
+    warmup = run.now("beta_warmup", 1)
+    prices = {u: run.flags["beta"] * min(1.0, u / warmup) * kl for u, kl in run.metrics["vrpo/ib_kl"].items()}
+    run = History(run.flags, run.metrics | {"price": prices})
+    price, error = run.late("price"), run.late("losses/value")
     if price <= error:
         return None
     text = f"beta L_KL is {price:.2f} over the last third of the run, the value loss {error:.2f}"
-    level = error / run.flags["beta"]
-    return Finding(
-        "the bottleneck's KL dominates", text, run.since("vrpo/ib_kl", lambda x: x > level), "a lower --beta"
-    )
+    return Finding("the bottleneck's KL dominates", text, run.since("price", lambda x: x > error), "a lower --beta")
 
 
 def starved_tokens(run: History) -> Finding | None:
@@ -151,7 +174,7 @@ def inflating_length(run: History) -> Finding | None:
     if after < 1.25 * before or gain > 0.02:
         return None
     text = f"{key} went from {before:.0f} to {after:.0f} tokens while {truth} went from {run.early(truth):.2f} to {run.late(truth):.2f}"
-    advice = "--kl-coef 0.05, a reward that does not see the length, --noise none to compare"
+    advice = f"{more_kl(run)}, {truer_reward(run)}"
     return Finding("answers grow without getting better", text, run.since(key, lambda x: x >= 1.25 * before), advice)
 
 
@@ -161,14 +184,14 @@ def hacked_reward(run: History) -> Finding | None:
     if not run.has(seen, truth):
         return None
     up, down = run.late(seen) - run.early(seen), run.late(truth) - run.early(truth)
-    episodes = len(run.metrics[truth]) * run.flags["prompts_per_update"] * run.flags["samples_per_prompt"]
-    error = (0.25 * (5 + 3) / episodes) ** 0.5  # at most, of a share in a third less that in a fifth of the episodes
+    prompts = len(run.metrics[truth]) * run.flags["prompts_per_update"]  # the samples of one may all be right or wrong
+    error = (0.25 * (5 + 3) / prompts) ** 0.5  # at most, of a share in a third less that in a fifth of the run
     if up < max(0.05, 2 * error) or down > -max(0.03, 2 * error):
         return None
     level = run.early(truth) - 0.03
     text = f"{seen} rose by {up:.2f} while {truth} fell by {-down:.2f}"
     return Finding(
-        "the reward is being exploited", text, run.since(truth, lambda x: x < level), "--kl-coef 0.05, fewer --updates"
+        "the reward is being exploited", text, run.since(truth, lambda x: x < level), f"{more_kl(run)}, fewer --updates"
     )
 
 
@@ -181,12 +204,13 @@ def collapse(run: History) -> Finding | None:
     best = max(values, key=values.get)
     peak, last = values[best], values[max(values)]
     error = (2 * peak * (1 - min(peak, 1)) / run.flags.get("eval_size", 512)) ** 0.5  # of a difference of two shares
-    if peak - last <= max(0.03, 2 * error):
+    fallen = max(0.03, 2 * error)
+    if peak - last <= fallen:
         return None
     text = f"{key} was {peak:.3f} after update {best} and is {last:.3f} now"
-    return Finding(
-        "performance fell after a peak", text, best, "a lower --learning-rate, --kl-coef 0.01, fewer --updates"
-    )
+    since = min(update for update, x in values.items() if update > best and peak - x > fallen)
+    advice = f"{smaller_steps(run)}, {more_kl(run)}, fewer --updates"
+    return Finding("performance fell after a peak", text, since, advice)
 
 
 def noisy_advantages(run: History) -> Finding | None:
@@ -199,10 +223,8 @@ def noisy_advantages(run: History) -> Finding | None:
     ):  # hardly a wrong answer is left to tell from the right ones
         return None
     text = f"the reward's errors make {run.late(key):.0%} of the variance of the advantages over the last third of the run ({key})"
-    advice = "a lower --noise-rate or another --reward-model; if there is none, more --prompts-per-update"
-    if (
-        run.flags.get("temperature", 1.0) < 0.7
-    ):  # answers to one prompt are all alike, and only the errors tell them apart
+    advice = f"{truer_reward(run)}; if there is none, more --prompts-per-update"
+    if run.now("temperature", 1.0) < 0.7:  # answers to one prompt are all alike, and only the errors tell them apart
         advice = "--temperature 1"
     return Finding("the advantages are mostly noise", text, run.since(key, lambda x: x >= 0.9), advice)
 
@@ -232,13 +254,10 @@ def silent_groups(run: History) -> Finding | None:
 def large_steps(run: History) -> Finding | None:
     """The policy moves, or once moved, far from the one that sampled."""
     for key, limit in (("losses/approx_kl", 0.1), ("losses/clipfrac", 0.3)):
-        if run.has(key) and run.worst(key) >= limit:
-            updates = list(run.metrics[key])
-            since = next(update for update, x in zip(updates, run.running(key), strict=True) if x >= limit)
-            text = (
-                f"{key} was up to {run.worst(key):.2f} on average over five updates, where less than {limit} is usual"
-            )
-            return Finding("the policy's steps are too large", text, since, "a lower --learning-rate, fewer --epochs")
+        means = run.running(key) if run.has(key) else {}
+        if over := [update for update, x in means.items() if x >= limit]:
+            text = f"{key} was up to {max(means.values()):.2f} on average over five updates, where less than {limit} is usual"
+            return Finding("the policy's steps are too large", text, over[0], smaller_steps(run))
     return None
 
 
@@ -260,8 +279,8 @@ SIGNATURES = (
 def diagnose(folder: Path) -> list[Finding]:
     """The findings of a run, those first that began first (causes tend to precede); none for a run of fewer than LEAST updates."""
     flags, by_episodes = read_run(folder)
-    count = flags["prompts_per_update"] * flags["samples_per_prompt"]
-    metrics = {key: {round(e / count): x for e, x in series.items()} for key, series in by_episodes.items()}
+    updates = {episodes: int(update) for episodes, update in by_episodes["update"].items()}
+    metrics = {key: {updates[e]: x for e, x in series.items()} for key, series in by_episodes.items()}
     findings = [finding for signature in SIGNATURES if (finding := signature(History(flags, metrics)))]
     return sorted(findings, key=lambda finding: finding.since)
 
