@@ -44,6 +44,14 @@ def test_columns_are_guessed_or_named(chat, tmp_path):
         load(chat, tmp_path / "odd")
 
 
+def test_eval_size_is_the_number_of_problems_that_there_are(chat, tmp_path):
+    write(tmp_path, "train.jsonl", ROWS)
+    for wanted, found in ((512, 5), (3, 3)):
+        args = ppo.Args(dataset=str(tmp_path), train_split="train[:75%]", test_split="train[75%:]", eval_size=wanted)
+        load_task(args, chat)
+        assert args.eval_size == found
+
+
 def test_config_is_a_subfolder_and_other_formats_load(chat, tmp_path):
     write(tmp_path / "easy", "train.jsonl", ROWS)
     (tmp_path / "easy" / "test.csv").write_text("question,answer\nWhat is 3 * 3?,9\n")
