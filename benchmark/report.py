@@ -260,7 +260,7 @@ def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> Non
     """Score by episodes, a panel for each arm."""
     arms, methods = ordered(name, runs)
     columns = min(4, len(arms))
-    plot, axes = panels(-(-len(arms) // columns), columns)
+    plot, axes = panels(-(-len(arms) // columns), columns, sharey=True)
     for axis, arm in zip(axes, arms, strict=False):
         for i, method in enumerate(methods):
             some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
@@ -268,9 +268,10 @@ def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> Non
             if found:
                 x, samples = zip(*found, strict=True)
                 spread(axis, x, list(samples), f"C{i}", method)
+        axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
         axis.set_title(arm, fontsize=10)
         axis.set_xlabel("episodes", fontsize=8)
-    axes[0].legend(fontsize=7)
+    plot.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     save(plot, axes[len(arms) :], out)
 
 
