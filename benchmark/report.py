@@ -85,8 +85,8 @@ def improvement(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def student(x: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; NaN where there are too few."""
-    if len(x) < 2:
+    """Mean and its 95 % interval by Student's t; NaN for fewer than three, of which it would be wider than the measure's range."""
+    if len(x) < 3:
         return (float(x.mean()) if len(x) else float("nan")), float("nan"), float("nan")
     reach = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
     return float(x.mean()), float(x.mean() - reach), float(x.mean() + reach)

@@ -214,7 +214,7 @@ def test_statistics_by_hand():
     assert mean == 2 and (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     pairs = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.0))
     assert [report.verdict(*pair) for pair in pairs] == ["better", "worse", "not told apart", "not told apart"]
-    for few in (np.array([]), np.array([0.3])):
+    for few in (np.array([]), np.array([0.3]), np.array([0.3, 0.31])):
         assert report.verdict(*report.student(few)[1:]) == "too few seeds"
 
 
