@@ -152,7 +152,7 @@ def read_rows(job: Job) -> list[dict]:
 
 
 def commit() -> str:
-    """The commit at hand, with + if a script or an asset differs from it; empty where there is no git."""
+    """The commit at hand, with + if a script, utils/ or assets/ differ from it; empty where there is no git."""
     try:
         asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ":(glob)*.py", "utils", "assets"])
         head, changes = (subprocess.run(["git", *x], cwd=ROOT, capture_output=True, text=True).stdout for x in asked)

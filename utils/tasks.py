@@ -114,9 +114,8 @@ def load_task(args, chat: Chat) -> Task:
             stop(
                 f"--{name}-split {split}: no problem is left of {len(rows[name])} (dropped: {dropped}); see --max-prompt-tokens"
             )
-    args.eval_size = min(
-        args.eval_size, len(splits["test"])
-    )  # args.json then tells of how many problems a score is the mean
+    # args.json then tells of how many problems a score is the mean
+    args.eval_size = min(args.eval_size, len(splits["test"]))
     return kind(splits["train"], splits["test"], dropped)
 
 
