@@ -1,6 +1,6 @@
 """Tables and figures of the experiments, from the committed CSVs alone.
 
-    python benchmark/report.py                               # benchmark/results/<experiment>*.md and .png, and the tables in the README
+    python benchmark/report.py                               # benchmark/results/<experiment>*.md and .png, shorter tables in the README
     python benchmark/report.py noise_grid
 
 A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five
@@ -24,7 +24,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from experiments import ARMS, EXPERIMENTS  # noqa: E402
+from experiments import ARMS, EXPERIMENTS, GRPO  # noqa: E402
 from run import KEY, RESULTS, jobs_of, results  # noqa: E402
 
 from utils.errors import stop  # noqa: E402
@@ -134,17 +134,18 @@ def cell(numbers: tuple[float, float, float], signed: bool = False) -> str:
     return middle if numbers[1] != numbers[1] else f"{middle} ({low} to {high})"
 
 
-def cell_of(x: np.ndarray, most: int) -> str:
-    """Summary of some runs; their number where it is not `most`, the table's usual one."""
+def cell_of(x: np.ndarray, most: int, brief: bool = False) -> str:
+    """Summary of some runs, its middle alone if `brief`; their number where it is not `most`, the table's usual one."""
     if not len(x):
         return ""
-    return cell(summary(x)) + ("" if len(x) == most else f" of {len(x)}")
+    text = cell(summary(x))
+    return (text.split(" (")[0] if brief else text) + ("" if len(x) == most else f" of {len(x)}")
 
 
-def kind(seeds: int) -> str:
+def kind(seeds: int, brief: bool = False) -> str:
     """What `summary` gives for so many seeds."""
-    measure = "inter-quartile mean and its 95 % bootstrap interval" if seeds >= ENOUGH else "mean and range"
-    return f"{measure}, {seeds} seed{'s' * (seeds > 1)}"
+    measure, spread = ("inter-quartile mean", "its 95 % bootstrap interval") if seeds >= ENOUGH else ("mean", "range")
+    return f"{measure if brief else f'{measure} and {spread}'}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -166,19 +167,20 @@ def difference(runs: pd.DataFrame, arm: str, method: str, rival: str, key: str =
 # ==== Tables ==========================================================================================================
 
 
-def grid_tables(name: str, runs: pd.DataFrame) -> str:
-    """Arms as columns: last score, what was lost since the peak; then VRPO against its rivals, and all methods over all arms."""
+def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
+    """Arms as columns: last score (its middle alone if `brief`), what was lost since the peak (not if `brief`); then VRPO against its
+    rivals, and all methods over all arms."""
     arms, methods = ordered(name, runs)
     runs = runs.assign(lost=runs["peak"] - runs["last"])
     planned = {(job.arm, job.method, job.seed) for job in jobs_of(name)}
     made = len(planned & set(runs.index))
     parts = [f"All {made} runs." if made == len(planned) else f"{made} of {len(planned)} runs so far."]
     most = int(runs.groupby(["arm", "method"]).size().max())
-    for key, title in (("last", "Last score"), ("lost", "Lost since the peak")):
+    for key, title in [("last", "Last score"), ("lost", "Lost since the peak")][: 1 if brief else 2]:
         rows = []
         for method in methods:
-            rows.append([method, *(cell_of(values(runs, arm, method, key).to_numpy(), most) for arm in arms)])
-        parts.append(f"{title} ({kind(most)}):\n\n" + markdown(["method", *arms], rows))
+            rows.append([method, *(cell_of(values(runs, arm, method, key).to_numpy(), most, brief) for arm in arms)])
+        parts.append(f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *arms], rows))
     pairs = [(a, b) for a, b in (*(("VRPO", rival) for rival in RIVALS), TWINS) if {a, b} <= set(methods)]
     if pairs:
         rows = []
@@ -215,31 +217,39 @@ def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
     return f"{title}, {len(table)} seeds ({about}):\n\n" + markdown(header, rows)
 
 
-def plain_table(name: str, runs: pd.DataFrame) -> str:
-    """A row for each arm and method: last score, its difference from another method, peak, and the measures that some run has."""
+def other_of(name: str, method: str) -> str | None:
+    """The method that a method of an experiment is compared with; None for those that others are compared with."""
+    e = EXPERIMENTS[name]
+    other = None if e.against is None else e.against.get(method, next(iter(e.methods)))
+    return None if other == method else other
+
+
+def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
+    """A row for each arm and method: last score, its difference from another method, peak (not if `brief`), and the measures that some
+    run has (their middle alone if `brief`)."""
     arms, methods = ordered(name, runs)
-    against = EXPERIMENTS[name].against
-    keys = [key for key in TITLES if key in runs and runs[key].notna().any()]
+    keys = [key for key in TITLES if key in runs and runs[key].notna().any() and not (brief and key == "peak")]
     most = int(runs.groupby(["arm", "method"]).size().max())
     rows = []
     for arm in arms:
         for method in methods:
-            cells = [cell_of(values(runs, arm, method, key).to_numpy(), most) for key in keys]
+            cells = [cell_of(values(runs, arm, method, key).to_numpy(), most, brief and key != "last") for key in keys]
             if not cells[0]:
                 continue
-            compared = []
-            if against is not None:
-                other = against.get(method, methods[0])
-                number = cell(student(difference(runs, arm, method, other)), signed=True) if other != method else ""
-                compared = [f"{number} from {other}" if number else ""]
-            rows.append([arm, method, cells[0], *compared, *cells[1:]])
-    titles = [TITLES[key] for key in keys]
-    compared = [] if against is None else ["difference (95 %, Student's t)"]
-    return f"Cells: {kind(most)}.\n\n" + markdown(["arm", "method", titles[0], *compared, *titles[1:]], rows)
+            other = other_of(name, method)
+            number = cell(student(difference(runs, arm, method, other)), signed=True) if other else ""
+            rows.append([arm, method, cells[0], f"{number} from {other}" if number else "", *cells[1:]])
+    header = ["arm", "method", TITLES["last"], "difference (95 %, Student's t)", *(TITLES[key] for key in keys[1:])]
+    unused = {0} if brief and len(arms) == 1 else set()
+    unused |= {3} if EXPERIMENTS[name].against is None else set()
+    header, *rows = ([word for i, word in enumerate(row) if i not in unused] for row in [header, *rows])
+    about = f"{kind(most)}; of the measures that follow, the mean" if brief else kind(most)
+    return f"Cells: {about}.\n\n" + markdown(header, rows)
 
 
-def tables(name: str, runs: pd.DataFrame) -> str:
-    return (grid_tables if is_grid(name) else plain_table)(name, runs)
+def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
+    """All tables of an experiment, or those for the README."""
+    return (grid_tables if is_grid(name) else plain_table)(name, runs, brief)
 
 
 def is_grid(name: str) -> bool:
@@ -252,8 +262,13 @@ def is_grid(name: str) -> bool:
 def spread(axis, x, samples: list[np.ndarray], color: str, label: str | None = None, **style) -> None:
     """Summaries of the samples, with a band of their intervals or ranges."""
     middle, low, high = (np.array(column) for column in zip(*(summary(x) for x in samples), strict=True))
-    axis.plot(x, middle, color=color, label=label, marker="o", markersize=3, **style)
+    axis.plot(x, middle, color=color, label=label, **{"marker": "o", "markersize": 3} | style)
     axis.fill_between(x, low, high, color=color, alpha=0.10, lw=0)
+
+
+def look(name: str, method: str) -> dict[str, str]:
+    """Methods without a critic are dashed, with squares."""
+    return {"ls": "--", "marker": "s"} if EXPERIMENTS[name].methods[method].script == GRPO else {}
 
 
 def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> None:
@@ -267,7 +282,7 @@ def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> Non
             found = [(episodes, group["score"].dropna().to_numpy()) for episodes, group in some.groupby("episodes")]
             if found:
                 x, samples = zip(*found, strict=True)
-                spread(axis, x, list(samples), f"C{i}", method)
+                spread(axis, x, list(samples), f"C{i}", method, **look(name, method))
         axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
         axis.set_title(arm, fontsize=10)
         axis.set_xlabel("episodes", fontsize=8)
@@ -287,7 +302,7 @@ def by_rate(name: str, runs: pd.DataFrame, out: Path) -> None:
                 continue
             x, samples = zip(*found, strict=True)
             if other == method:
-                spread(axis, x, list(samples), f"C{i}")
+                spread(axis, x, list(samples), f"C{i}", **look(name, method))
             else:
                 axis.plot(x, [summary(sample)[0] for sample in samples], color="0.8", lw=1)
         axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
@@ -307,7 +322,16 @@ def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
         middle, low, high = (np.array(column) for column in zip(*map(summary, samples), strict=True))
         shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
         reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
-        axis.errorbar(np.array(x) + shift, middle, reach, fmt="o", color=f"C{i}", markersize=4, lw=1.2, label=method)
+        axis.errorbar(
+            np.array(x) + shift,
+            middle,
+            reach,
+            color=f"C{i}",
+            label=method,
+            **{"marker": "o"} | look(name, method) | {"ls": ""},
+            markersize=4,
+            lw=1.2,
+        )
     axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1, label="without training")
     for n in range(1, len(arms)):
         axis.axvline(n - 0.5, color="0.9", lw=0.8)
@@ -317,7 +341,33 @@ def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
     save(plot, [], out)
 
 
-def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharey: bool = False):
+def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
+    """Last score less that of the method compared with, a panel for each experiment but the grid: every seed, mean and t interval."""
+    plot, axes = panels(-(-len(all_runs) // 2), 2, size=(6.2, 2.5), sharex=True)
+    for axis, (name, runs) in zip(axes, all_runs.items(), strict=False):
+        arms, methods = ordered(name, runs)
+        rows = []
+        for arm in arms:
+            for method in methods:
+                other = other_of(name, method)
+                if other and len(found := difference(runs, arm, method, other)):
+                    label = f"{method} − {other}" if EXPERIMENTS[name].against else method
+                    rows.append((f"{label} ({arm})" if len(arms) > 1 else label, found))
+        for y, (_, found) in enumerate(rows):
+            mean, low, high = student(found)
+            axis.plot(found, [y] * len(found), "o", color="0.7", markersize=3)
+            axis.plot([low, high], [y, y], color="C0", lw=1.5)
+            axis.plot(mean, y, "o", color="C0", markersize=5, markerfacecolor="C0" if low > 0 or high < 0 else "white")
+        axis.axvline(0, color="0.3", ls=":", lw=1)
+        axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xlim(-0.2, 0.2)
+        first = "" if EXPERIMENTS[name].against else f", difference from {methods[0]}"
+        axis.set_title(f"{name}{first}", fontsize=9)
+    save(plot, axes[len(all_runs) :], out)
+
+
+def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharex: bool = False, sharey: bool = False):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -327,6 +377,7 @@ def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), shar
         "figsize": (size[0] * columns, size[1] * rows),
         "squeeze": False,
         "layout": "constrained",
+        "sharex": sharex,
         "sharey": sharey,
     }
     plot, axes = plt.subplots(rows, columns, **shape)
@@ -354,8 +405,8 @@ def insert(text: str, name: str, table: str) -> str:
     return re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: f"{m[1]}\n{table}\n{m[2]}", text, flags=re.S)
 
 
-def report(name: str) -> str | None:
-    """Writes the experiment's .md and .png files beside its CSV and returns the tables; None if nothing has been run."""
+def report(name: str) -> pd.DataFrame | None:
+    """Writes the experiment's .md and .png files beside its CSV and returns its runs; None if there are none."""
     frame = load(name)
     if others := len(results(name)) - len(frame):
         print(
@@ -364,13 +415,12 @@ def report(name: str) -> str | None:
     if frame.empty:
         return None
     runs = by_run(frame)
-    text = tables(name, runs)
-    (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{text}")
+    (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{tables(name, runs)}")
     curves(name, frame, runs, RESULTS / f"{name}.png")
     if is_grid(name):
         by_rate(name, runs, RESULTS / f"{name}_rates.png")
         by_arm(name, runs, RESULTS / f"{name}_arms.png")
-    return text
+    return runs
 
 
 @dataclass
@@ -384,14 +434,19 @@ class Args:
 def main(args: Args) -> None:
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         stop(f"{' '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
-    text = args.readme.read_text()
+    text, compared = args.readme.read_text(), {}
     for name in args.experiments or EXPERIMENTS:
-        made = report(name)
-        if not made and args.experiments:
-            stop(f"{name}: nothing has been run with the present flags (python benchmark/run.py {name})")
-        if made:
-            text = insert(text, name, made)
-            print(f"{name}\n\n{made}")
+        runs = report(name)
+        if runs is None:
+            if args.experiments:
+                stop(f"{name}: nothing has been run with the present flags (python benchmark/run.py {name})")
+            continue
+        text = insert(text, name, tables(name, runs, brief=True))
+        print(f"{name}\n\n{tables(name, runs)}")
+        if not is_grid(name) and any(other_of(name, method) for method in EXPERIMENTS[name].methods):
+            compared[name] = runs
+    if compared and not args.experiments:
+        differences(compared, RESULTS / "differences.png")
     write_atomically(args.readme, text)
 
 

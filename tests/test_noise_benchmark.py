@@ -253,7 +253,14 @@ def test_report_of_a_grid(made_up, tmp_path):
     expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) | not told apart |"
     twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
     assert rows["symmetric 0.2"] == f"{expected} {twice}"
-    lost = text.split("Lost since the peak (mean and range, 3 seeds):")[1]
+    assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith("| VRPO | 0.770 (")  # last of its rows
+    assert "| PPO | 0.570 | 0.570 |" in text and "Lost" not in text
+    whole = (tmp_path / "results" / "noise_grid.md").read_text()
+    assert (
+        "| PPO | 0.570 (0.560 to 0.580) |" in whole
+        and text.split("Mean differences")[1].split("<!--")[0].strip() in whole
+    )
+    lost = whole.split("Lost since the peak (mean and range, 3 seeds):")[1]
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
     overall = text.split("Over the 8 arms other than no noise and coin, 3 seeds")[1]
     assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 |" in overall
@@ -274,7 +281,7 @@ def test_report_of_a_part_of_the_grid(made_up):
     frame = pd.read_csv(made_up)
     frame = frame[frame["arm"].isin(["no noise", "symmetric 0.1", "symmetric 0.2"]) & (frame["seed"] < 3)]
     frame[(frame["arm"] != "no noise") | (frame["method"] != "PPO") | (frame["seed"] < 2)].to_csv(made_up, index=False)
-    text = report.report("noise_grid")
+    text = report.tables("noise_grid", report.report("noise_grid"))
     assert text.startswith("53 of 450 runs so far.") and "Last score (mean and range, 2 seeds)" in text
     assert "| PPO | 0.560 of 1 | 0.565 (0.560 to 0.570) |" in text
     assert "Over the 8 arms other than no noise and coin: not yet" in text
@@ -293,9 +300,17 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     pd.DataFrame(rows).to_csv(tmp_path / "gae_lambda.csv", index=False)
     for module in (bench, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
-    lines = {
-        line.split(" | ")[1]: line for line in report.report("gae_lambda").splitlines() if line.startswith("| symm")
-    }
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- gae_lambda -->\n<!-- /gae_lambda -->\n")
+    report.main(report.Args((), readme))
+    assert len((tmp_path / "differences.png").read_bytes()) > 20000
+    whole = (tmp_path / "gae_lambda.md").read_text().splitlines()
+    lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| symm")}
+    brief = {line.split(" | ")[0].strip("| "): line for line in readme.read_text().splitlines() if "lambda" in line}
+    assert (
+        brief["VRPO, lambda 0.5"]
+        == "| VRPO, lambda 0.5 | 0.720 (0.710 to 0.730) | +0.100 (+0.100 to +0.100) from VRPO, lambda 0.95 |"
+    )
     assert "+0.100 (+0.100 to +0.100) from VRPO, lambda 0.95" in lines["VRPO, lambda 0.5"]
     assert "+0.100 (+0.100 to +0.100) from PPO, lambda 0.95" in lines["VRPO, lambda 0.95"]
     assert "from" not in lines["PPO, lambda 0.95"] and "+0.000" in lines["PPO, lambda 1"]
@@ -320,4 +335,4 @@ def test_committed_tables_are_those_of_the_committed_rows(name):
     text = report.tables(name, report.by_run(frame))
     assert (report.RESULTS / f"{name}.md").read_text() == f"{experiments.EXPERIMENTS[name].about}\n\n{text}"
     readme = (ROOT / "README.md").read_text()
-    assert report.insert(readme, name, text) == readme
+    assert report.insert(readme, name, report.tables(name, report.by_run(frame), brief=True)) == readme
