@@ -152,6 +152,15 @@ EXPERIMENTS = {
         against={f"VRPO, lambda {value:g}": "VRPO, lambda 0.95" for value in (0.5, 0.9, 1.0)}
         | {"VRPO, lambda 0.95": "PPO, lambda 0.95"},
     ),
+    "length_bias": Experiment(
+        "which part of VRPO lets a reward for long answers be exploited, and whether the critic's word does it",
+        SMALL,
+        methods("PPO", "VRPO")
+        | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
+        | {f"{name}, lambda 1": Method(METHODS[name].script, {"gae_lambda": 1.0}) for name in ("PPO", "VRPO")},
+        {"length": ARMS["length"]},
+        against={"VRPO, lambda 1": "VRPO"},
+    ),
     "critic_warmup": Experiment(
         "first updates that train the critic alone, within the same number of episodes",
         SMALL,
