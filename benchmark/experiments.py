@@ -18,6 +18,7 @@ class Method:
 class Experiment:
     """`flags` hold for all runs; those of the method and of the arm come on top, and last those of `extra` for a method in an arm.
     A method's runs are compared with those of the method that `against` names for it, by default the first one (None: with none).
+    A `grid` is reported with its arms as columns, VRPO against its rivals, and averages over the noisy arms.
     `seconds` is what a run took on one thread of a two-core machine."""
 
     about: str
@@ -27,6 +28,7 @@ class Experiment:
     seeds: tuple[int, ...] = (1, 2, 3)
     extra: dict[tuple[str, str], Flags] = field(default_factory=dict)
     against: dict[str, str] | None = field(default_factory=dict)
+    grid: bool = False
     seconds: float = 65.0
 
 
@@ -100,7 +102,7 @@ EXPERIMENTS = {
          for rate in RATES},
         against=None,
     ),
-    "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, (1, 2, 3, 4, 5), corrected()),
+    "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, (1, 2, 3, 4, 5), corrected(), grid=True),
     "bottleneck_depth": Experiment(
         "no, one and two Gaussian layers",
         SMALL,

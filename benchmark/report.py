@@ -3,8 +3,8 @@
     python benchmark/report.py                               # benchmark/results/<experiment>*.md and .png, shorter tables in the README
     python benchmark/report.py noise_grid
 
-A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five
-seeds or more: the inter-quartile mean (the mean of the middle half; arXiv 2108.13264) with a 95 % bootstrap interval; over fewer: mean and
+An experiment's shorter tables go between <!-- name --> and <!-- /name --> in the README, if it has these marks. A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five
+seeds or more: the inter-quartile mean (the mean of the middle half, of five the middle three; arXiv 2108.13264) with a 95 % bootstrap interval; over fewer: mean and
 range. Two methods are compared by the differences between their runs of the same seed, with Student's t, since bootstrap intervals are too
 narrow for five seeds; and by the probability of improvement, the share of pairs of runs that the first one wins, resampling seeds for all
 arms together, since they share prompts and draws (with five of them that interval too is rather too narrow).
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from experiments import ARMS, EXPERIMENTS, GRPO  # noqa: E402
+from experiments import ARMS, EXPERIMENTS, GRPO, METHODS  # noqa: E402
 from run import KEY, RESULTS, jobs_of, results  # noqa: E402
 
 from utils.errors import stop  # noqa: E402
@@ -115,7 +116,7 @@ def load(name: str) -> pd.DataFrame:
 def by_run(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each run: start, last and peak score, and the training metrics of the last span between evaluations."""
     groups = frame.sort_values("update").groupby(["arm", "method", "seed"], sort=False)
-    runs = groups.last()
+    runs = groups.tail(1).set_index(["arm", "method", "seed"])
     runs = runs.assign(start=groups["score"].first(), last=groups["score"].last(), peak=groups["score"].max())
     return runs.sort_index()
 
@@ -188,10 +189,25 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
             numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
             rows.append([arm, *(word for x in numbers for word in (cell(x, signed=True), verdict(*x[1:])))])
         header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
-        warning = f"of {len(rows) * len(pairs)} such comparisons one in twenty comes out as better or worse by luck"
-        about = f"Mean differences of runs of the same seed, with 95 % intervals by Student's t ({warning}; the last pair is one method twice)"
+        warning = "one comparison in twenty comes out as better or worse by luck"
+        if TWINS in pairs:
+            warning += "; the last pair is one method twice"
+        about = f"Mean differences of runs of the same seed, with 95 % intervals by Student's t ({warning})"
         parts.append(f"{about}:\n\n" + markdown(header, rows))
+    parts.append(told_apart(runs, arms, methods))
     return "\n\n".join([*parts, overall(name, runs, methods)])
+
+
+def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
+    """In how many of all pairs of methods the interval of the paired difference leaves zero, by arm."""
+    pairs = [(a, b) for a, b in combinations(methods, 2) if {a, b} != set(TWINS)]
+    count = {}
+    for arm in arms:
+        intervals = [student(difference(runs, arm, *pair))[1:] for pair in pairs]
+        count[arm] = sum(verdict(*x) in ("better", "worse") for x in intervals)
+    words = ", ".join(f"{arm} {n}" for arm, n in count.items())
+    about = f"Of the {len(pairs)} pairs of different methods in an arm, the intervals of so many leave zero (by luck alone about {len(pairs) / 20:.0f} would)"
+    return f"{about}: {words}.\n"
 
 
 def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
@@ -253,17 +269,26 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
 
 
 def is_grid(name: str) -> bool:
-    return len(EXPERIMENTS[name].arms) > 3
+    return EXPERIMENTS[name].grid
 
 
 # ==== Figures =========================================================================================================
 
 
-def spread(axis, x, samples: list[np.ndarray], color: str, label: str | None = None, **style) -> None:
+def colour(methods: list[str], method: str) -> str:
+    """A method has its own in all figures of the methods, a variant its place's."""
+    names = list(METHODS) if set(methods) <= set(METHODS) else methods
+    return f"C{names.index(method)}"
+
+
+def spread(
+    axis, x, samples: list[np.ndarray], color: str, label: str | None = None, band: bool = True, **style
+) -> None:
     """Summaries of the samples, with a band of their intervals or ranges."""
     middle, low, high = (np.array(column) for column in zip(*(summary(x) for x in samples), strict=True))
     axis.plot(x, middle, color=color, label=label, **{"marker": "o", "markersize": 3} | style)
-    axis.fill_between(x, low, high, color=color, alpha=0.10, lw=0)
+    if band:
+        axis.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
 
 
 def look(name: str, method: str) -> dict[str, str]:
@@ -272,20 +297,23 @@ def look(name: str, method: str) -> dict[str, str]:
 
 
 def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> None:
-    """Score by episodes, a panel for each arm."""
+    """Score by episodes, a panel for each arm; bands, where there are many methods, for VRPO and its rivals alone."""
     arms, methods = ordered(name, runs)
     columns = min(4, len(arms))
     plot, axes = panels(-(-len(arms) // columns), columns, sharey=True)
     for axis, arm in zip(axes, arms, strict=False):
-        for i, method in enumerate(methods):
+        for method in methods:
+            band = len(methods) <= 6 or method in ("VRPO", *RIVALS)
             some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
             found = [(episodes, group["score"].dropna().to_numpy()) for episodes, group in some.groupby("episodes")]
             if found:
                 x, samples = zip(*found, strict=True)
-                spread(axis, x, list(samples), f"C{i}", method, **look(name, method))
+                spread(axis, x, list(samples), colour(methods, method), method, band, **look(name, method))
         axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
         axis.set_title(arm, fontsize=10)
         axis.set_xlabel("episodes", fontsize=8)
+    for axis in axes[::columns]:
+        axis.set_ylabel("score; dotted: without training", fontsize=8)
     plot.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     save(plot, axes[len(arms) :], out)
 
@@ -295,14 +323,14 @@ def by_rate(name: str, runs: pd.DataFrame, out: Path) -> None:
     arms, methods = ordered(name, runs)
     arms = [arm for arm in arms if arm in RATES]
     plot, axes = panels(-(-len(methods) // 3), min(3, len(methods)), size=(3.2, 2.3), sharey=True)
-    for i, (axis, method) in enumerate(zip(axes, methods, strict=False)):
+    for axis, method in zip(axes, methods, strict=False):
         for other in [*(m for m in methods if m != method), method]:
             found = [(RATES[arm], x) for arm in arms if len(x := values(runs, arm, other).to_numpy())]
             if not found:
                 continue
             x, samples = zip(*found, strict=True)
             if other == method:
-                spread(axis, x, list(samples), f"C{i}", **look(name, method))
+                spread(axis, x, list(samples), colour(methods, method), **look(name, method))
             else:
                 axis.plot(x, [summary(sample)[0] for sample in samples], color="0.8", lw=1)
         axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
@@ -326,7 +354,7 @@ def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
             np.array(x) + shift,
             middle,
             reach,
-            color=f"C{i}",
+            color=colour(methods, method),
             label=method,
             **{"marker": "o"} | look(name, method) | {"ls": ""},
             markersize=4,
@@ -336,14 +364,15 @@ def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
     for n in range(1, len(arms)):
         axis.axvline(n - 0.5, color="0.9", lw=0.8)
     axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms])
-    axis.set_ylabel("last score", fontsize=8)
+    most = int(runs.groupby(["arm", "method"]).size().max())
+    axis.set_ylabel(f"last score ({kind(most)})", fontsize=8)
     axis.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
     save(plot, [], out)
 
 
 def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
     """Last score less that of the method compared with, a panel for each experiment but the grid: every seed, mean and t interval."""
-    plot, axes = panels(-(-len(all_runs) // 2), 2, size=(6.2, 2.5), sharex=True)
+    plot, axes = panels(-(-len(all_runs) // 2), 2, size=(6.2, 2.5))
     for axis, (name, runs) in zip(axes, all_runs.items(), strict=False):
         arms, methods = ordered(name, runs)
         rows = []
@@ -355,19 +384,23 @@ def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
                     rows.append((f"{label} ({arm})" if len(arms) > 1 else label, found))
         for y, (_, found) in enumerate(rows):
             mean, low, high = student(found)
-            axis.plot(found, [y] * len(found), "o", color="0.7", markersize=3)
+            axis.plot(found, [y] * len(found), "o", color="0.55", markersize=3, zorder=3)
             axis.plot([low, high], [y, y], color="C0", lw=1.5)
             axis.plot(mean, y, "o", color="C0", markersize=5, markerfacecolor="C0" if low > 0 or high < 0 else "white")
         axis.axvline(0, color="0.3", ls=":", lw=1)
         axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_xlim(-0.2, 0.2)
+        reach = max(
+            0.15, *(1.1 * abs(found).max() for _, found in rows)
+        )  # every seed is seen, if not every interval's end
+        axis.set_xlim(-reach, reach)
+        axis.set_xlabel("difference of the last score", fontsize=8)
         first = "" if EXPERIMENTS[name].against else f", difference from {methods[0]}"
         axis.set_title(f"{name}{first}", fontsize=9)
     save(plot, axes[len(all_runs) :], out)
 
 
-def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharex: bool = False, sharey: bool = False):
+def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharey: bool = False):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -377,7 +410,6 @@ def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), shar
         "figsize": (size[0] * columns, size[1] * rows),
         "squeeze": False,
         "layout": "constrained",
-        "sharex": sharex,
         "sharey": sharey,
     }
     plot, axes = plt.subplots(rows, columns, **shape)
@@ -443,9 +475,10 @@ def main(args: Args) -> None:
             continue
         text = insert(text, name, tables(name, runs, brief=True))
         print(f"{name}\n\n{tables(name, runs)}")
-        if not is_grid(name) and any(other_of(name, method) for method in EXPERIMENTS[name].methods):
-            compared[name] = runs
-    if compared and not args.experiments:
+    for name, e in EXPERIMENTS.items():
+        if not e.grid and any(other_of(name, method) for method in e.methods) and not (frame := load(name)).empty:
+            compared[name] = by_run(frame)
+    if compared:
         differences(compared, RESULTS / "differences.png")
     write_atomically(args.readme, text)
 

@@ -9,8 +9,9 @@
 
 benchmark/results/<experiment>.csv has a row for each run and evaluation; training metrics in it are means over the updates since the
 evaluation before. A run whose rows are there, made with the same flags, is skipped, be it under another name or in another
-experiment; one that was stopped goes on from its newest checkpoint. A change of the code is not noticed (column `commit` tells which one made
-a row): delete the rows, and the runs in runs/benchmark, to make them again.
+experiment; one that was stopped goes on from its newest checkpoint. A new flag of a script, or a new default, makes other runs of all of
+that script's. Any other change of the code is not noticed (column `commit` tells which one made a row): delete the rows, and the runs in
+runs/benchmark, to make them again.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
@@ -168,15 +169,18 @@ def commit() -> str:
 
 # A run is forked from a process that has imported what every run needs, which would take it eight seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vrpo_math", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(["__main__", "vrpo_math", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"])
+LEAVE = (signal.SIGTERM, signal.SIGHUP)
 
 
 def execute(command: list[str], log: Path, lock: reduction.DupFd) -> None:
-    """In a process of its own, on one thread: `python script.py flags`, with what it prints in `log`; `lock` is held to the end."""
-    os.setsid()  # Ctrl-C in the terminal is for run.py
-    lock.detach()
+    """In a process of its own, on one thread: `python script.py flags`, with what it prints in `log`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1), os.dup2(output, 2)
+    os.setsid()  # Ctrl-C in the terminal is for run.py
+    for number in LEAVE:
+        signal.signal(number, signal.SIG_DFL)
+    lock.detach()  # a copy of run.py's open file: whoever has one holds the lock, so a run that is left behind does
     torch.set_num_threads(1)
     sys.argv = [str(ROOT / command[0]), *command[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -195,6 +199,10 @@ class Workers:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stop(f"another run.py, or a run that it left behind, is busy in {RUNS}")
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in LEAVE}
+        forkserver.ensure_running()  # it must outlive a signal to the whole group, or nobody could wait for its children
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def run(self, job: Job) -> list[dict]:
         """The rows of a run, after making or finishing it."""
@@ -209,16 +217,18 @@ class Workers:
                 return []
             with job.commits.open("a") as file:
                 file.write(f"{commit()}\n")
+            job.log.unlink(missing_ok=True)
             lock = reduction.DupFd(self.lock.fileno())
             process = FORKS.Process(target=execute, args=([*job.command, *where], job.log, lock))
             process.start()
             self.running.add(process)
         process.join()
         self.running.discard(process)
-        if process.exitcode and not self.stopping:
-            said = job.log.read_text().strip().splitlines() or [f"exit code {process.exitcode}"]
-            raise RuntimeError(f"{said[-1]} ({job.log})")
-        return read_rows(job)
+        rows = read_rows(job)
+        if not rows and not self.stopping:
+            said = job.log.read_text().strip().splitlines() if job.log.exists() else []
+            raise RuntimeError(f"{said[-1] if said else 'nothing said'} (exit code {process.exitcode}, {job.log})")
+        return rows
 
     def stop(self) -> None:
         """Every run that is under way finishes its update, saves and leaves."""
@@ -265,7 +275,7 @@ def listing(names: tuple[str, ...], console: Console) -> None:
     for name in names:
         e = EXPERIMENTS[name]
         for title, words in (("methods", e.methods), ("arms", e.arms), ("seeds", map(str, e.seeds))):
-            console.print(f"{name}, {title}: {', '.join(words)}", highlight=False)
+            console.print(f"{name}, {title}: {'; '.join(words)}", highlight=False)
     if names:
         return
     table = Table("experiment", "what varies", "runs", "done", "hours left on two cores")
@@ -330,7 +340,7 @@ def main(args: Args) -> None:
     if args.commands:
         print("\n".join(shlex.join(["python", *job.command]) for job in jobs))
         return
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in LEAVE:
         signal.signal(number, signal.default_int_handler)
     workers, failed = Workers(), []
     progress = Progress(
