@@ -194,6 +194,7 @@ EXPERIMENTS = {
         SMALL | {"task": "science", "train_split": None},
         methods("PPO", "GRPO", "VRPO", "DVPO"),
         {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
+        seconds=90.0,
     ),
     "dialogue_methods": Experiment(
         "the methods on dialogues under the learned reward model",
