@@ -390,9 +390,8 @@ def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
         axis.axvline(0, color="0.3", ls=":", lw=1)
         axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        reach = max(
-            0.15, *(1.1 * abs(found).max() for _, found in rows)
-        )  # every seed is seen, if not every interval's end
+        # every seed is seen, if not every interval's end
+        reach = max([0.15, *(1.1 * abs(found).max() for _, found in rows)])
         axis.set_xlim(-reach, reach)
         axis.set_xlabel("difference of the last score", fontsize=8)
         first = "" if EXPERIMENTS[name].against else f", difference from {methods[0]}"

@@ -307,6 +307,10 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     report.main(report.Args((), readme))
     assert len((tmp_path / "differences.png").read_bytes()) > 20000
     whole = (tmp_path / "gae_lambda.md").read_text().splitlines()
+    only = pd.read_csv(tmp_path / "gae_lambda.csv")  # the runs that others are compared with, and no other
+    only[only["method"] == "PPO, lambda 0.95"].to_csv(tmp_path / "gae_lambda.csv", index=False)
+    (tmp_path / "empty").mkdir()
+    report.differences({"gae_lambda": report.by_run(report.load("gae_lambda"))}, tmp_path / "empty" / "differences.png")
     lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| symm")}
     brief = {line.split(" | ")[0].strip("| "): line for line in readme.read_text().splitlines() if "lambda" in line}
     assert (
