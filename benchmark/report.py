@@ -389,7 +389,7 @@ def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
             axis.plot(mean, y, "o", color="C0", markersize=5, markerfacecolor="C0" if low > 0 or high < 0 else "white")
         axis.axvline(0, color="0.3", ls=":", lw=1)
         axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
         # every seed is seen, if not every interval's end
         reach = max([0.15, *(1.1 * abs(found).max() for _, found in rows)])
         axis.set_xlim(-reach, reach)

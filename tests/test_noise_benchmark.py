@@ -180,6 +180,27 @@ def test_two_at_a_time_are_refused(tiny):
     workers.lock.close()
 
 
+def test_a_run_that_is_left_behind_keeps_others_out(tiny):
+    """Its run.py is gone, it still holds the lock, and SIGTERM reaches it although the process it was forked from ignores that."""
+    tiny["updates"] = 1000
+    job, workers = bench.jobs_of("one")[0], bench.Workers()
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [*job.command, "--run-name", str(job.folder.relative_to("runs"))]
+    lock = bench.reduction.DupFd(workers.lock.fileno())
+    process = bench.FORKS.Process(target=bench.execute, args=(command, job.log, lock))
+    process.start()
+    workers.lock.close()
+    while not (job.folder / "metrics.csv").exists():
+        assert process.is_alive(), job.log.read_text()
+        time.sleep(0.02)
+    with pytest.raises(SystemExit, match="or a run that it left behind"):
+        bench.Workers()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    bench.Workers().lock.close()
+
+
 def test_wrong_names(tiny):
     for args in (bench.Args(), bench.Args(("grid",))):
         with pytest.raises(SystemExit, match="give one of one, two, whole"):
