@@ -25,7 +25,7 @@ class Experiment:
     flags: Flags
     methods: dict[str, Method]
     arms: dict[str, Flags]
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     extra: dict[tuple[str, str], Flags] = field(default_factory=dict)
     against: dict[str, str] | None = field(default_factory=dict)
     grid: bool = False
@@ -102,7 +102,14 @@ EXPERIMENTS = {
          for rate in RATES},
         against=None,
     ),
-    "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, (1, 2, 3, 4, 5), corrected(), grid=True),
+    "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, extra=corrected(), grid=True),
+    "long_runs": Experiment(
+        "the scripts' own defaults: 10,240 episodes, two epochs, all training problems",
+        {},
+        methods("PPO", "GRPO", "VRPO", "DVPO", "robust PPO"),
+        SYMMETRIC,
+        seconds=420.0,
+    ),
     "bottleneck_depth": Experiment(
         "no, one and two Gaussian layers",
         SMALL,
@@ -194,6 +201,7 @@ EXPERIMENTS = {
         SMALL | {"task": "science", "train_split": None},
         methods("PPO", "GRPO", "VRPO", "DVPO"),
         {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
+        (1, 2, 3),
         seconds=90.0,
     ),
     "dialogue_methods": Experiment(
@@ -201,6 +209,7 @@ EXPERIMENTS = {
         {"task": "dialogue", "updates": 20, "eval_every": 5, "save_every": 10},
         methods("PPO", "GRPO", "DVPO") | {"VRPO": Method("vrpo_dialogue")},
         {"reward model": {}},
+        (1, 2, 3),
         seconds=400.0,
     ),
 }  # fmt: skip
