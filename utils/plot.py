@@ -1,7 +1,7 @@
 """Learning curves of one or several runs.
 
 python -m utils.plot runs/A runs/B --out curves.png                     # a line for each run
-python -m utils.plot benchmark/results/default/* --out curves.png       # runs that differ by seed alone: mean and range
+python -m utils.plot benchmark/results/long_runs/* --out curves.png     # runs that differ by seed alone: mean and range
 """
 
 import csv

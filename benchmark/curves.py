@@ -1,11 +1,8 @@
-"""The learning curves of the README: PPO, GRPO, VRPO, DVPO and robust PPO, the same seeds, noise, budget and learning rates for all.
+"""Learning curves beside the noise benchmark: dialogues, in longer runs, and SmolLM2-135M-Instruct on two data sets.
 
-    python benchmark/default_curves.py                       # the embedded math default; hours on two cores, stop and start at will
-    python benchmark/default_curves.py --seeds 1 --arms symmetric
-    python benchmark/default_curves.py --suite science
-    python benchmark/default_curves.py --suite dialogue --arms reward-model
-    python benchmark/default_curves.py --suite word-problems --arms none --seeds 1 --data DIR     # SmolLM2-135M-Instruct
-    python benchmark/default_curves.py --suite arc-easy --arms none --seeds 1 --model DIR
+    python benchmark/curves.py --suite dialogue --arms reward-model          # hours on two cores, stop and start at will
+    python benchmark/curves.py --suite word-problems --arms none --seeds 1 --data DIR
+    python benchmark/curves.py --suite arc-easy --arms none --seeds 1 --model DIR
 
 Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped. Results: args.json and
 metrics.csv of every run in benchmark/results/<folder of the suite>/, a figure for each arm, and table.md.
@@ -44,7 +41,6 @@ class Suite:
 
 
 NOISES = {noise: ["--noise", noise] for noise in ("symmetric", "none", "random")}
-QUESTIONS = {"ppo_baseline": [], "grpo_baseline": [], "vrpo_math": []}
 REAL = shlex.split(
     "--updates 8 --prompts-per-update 8 --samples-per-prompt 4 --epochs 1 --minibatch-size 16 --micro-batch-size 8 "
     "--dtype bfloat16 --learning-rate 2e-5 --eval-every 4 --eval-size 64 --save-every 4 --rollout-batch-size 64 "
@@ -71,8 +67,6 @@ SUITES = {
         NOISES,
         data="allenai/ai2_arc",
     ),
-    "math": Suite("default", QUESTIONS | {"dvpo_math": [], "robust_ppo_baseline": []}, [], NOISES),
-    "science": Suite("science", QUESTIONS, ["--task", "science", "--updates", "40"], NOISES),
     "dialogue": Suite(
         "dialogue",
         {"ppo_baseline": [], "grpo_baseline": [], "vrpo_dialogue": []},
@@ -90,7 +84,7 @@ SUITES = {
 
 @dataclass
 class Args:
-    suite: Literal["math", "science", "dialogue", "word-problems", "arc-easy"] = "math"
+    suite: Literal["dialogue", "word-problems", "arc-easy"] = "dialogue"
     """which curves"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """the same seeds for every script: same problems, same noise"""
@@ -110,11 +104,11 @@ def run(args: Args, suite: Suite, script: str, arm: str, seed: int) -> None:
     name, results = f"{script}__{arm}__{seed}", ROOT / "benchmark" / "results" / suite.folder
     if (results / name / "metrics.csv").exists():
         return
-    folder = ROOT / "runs" / "default_curves" / suite.folder / name
+    folder = ROOT / "runs" / "curves" / suite.folder / name
     if (folder / "args.json").exists():
         where = ["--resume", str(folder)]
     else:
-        where = ["--run-name", f"default_curves/{suite.folder}/{name}"]
+        where = ["--run-name", f"curves/{suite.folder}/{name}"]
     flags = [*suite.flags, *suite.scripts[script], *suite.arms[arm], "--seed", str(seed)]
     if suite.data:
         flags += ["--model", args.model, "--dataset", args.data or suite.data]
