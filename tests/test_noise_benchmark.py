@@ -281,7 +281,9 @@ def test_report_of_a_grid(made_up, tmp_path):
         "| PPO | 0.570 (0.560 to 0.580) |" in whole
         and text.split("Mean differences")[1].split("<!--")[0].strip() in whole
     )
-    apart = ", ".join(f"{arm} 7" for arm in experiments.ARMS)  # PPO from each of the others, and nobody else; a twin does not count
+    apart = ", ".join(
+        f"{arm} 7" for arm in experiments.ARMS
+    )  # PPO from each of the others, and nobody else; a twin does not count
     assert "Of the 28 pairs" in text and f"(by luck alone about 1 would): {apart}." in text
     lost = whole.split("Lost since the peak (mean and range, 3 seeds):")[1]
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
