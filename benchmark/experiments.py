@@ -182,6 +182,7 @@ EXPERIMENTS = {
         SMALL | {"epochs": 4, "learning_rate": 3e-5},
         methods("PPO", "GRPO", "VRPO", "DVPO"),
         SYMMETRIC,
+        (1, 2, 3),
         seconds=150.0,
     ),
     "failures": Experiment(
