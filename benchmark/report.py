@@ -259,7 +259,9 @@ def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
     unused = {0} if brief and len(arms) == 1 else set()
     unused |= {3} if EXPERIMENTS[name].against is None else set()
     header, *rows = ([word for i, word in enumerate(row) if i not in unused] for row in [header, *rows])
-    about = f"{kind(most)}; of the measures that follow, the mean" if brief else kind(most)
+    about = kind(most)
+    if brief:
+        about += f"; of the measures that follow, the {kind(most, brief=True).split(',')[0]} alone"
     return f"Cells: {about}.\n\n" + markdown(header, rows)
 
 
