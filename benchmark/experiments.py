@@ -177,14 +177,6 @@ EXPERIMENTS = {
         SYMMETRIC,
         against={"VRPO, warm-up 5": "VRPO, warm-up 0"},
     ),
-    "passes": Experiment(
-        "four passes over the same rollouts, where critics do learn flips by heart, at a smaller step",
-        SMALL | {"epochs": 4, "learning_rate": 3e-5},
-        methods("PPO", "GRPO", "VRPO", "DVPO"),
-        SYMMETRIC,
-        (1, 2, 3),
-        seconds=150.0,
-    ),
     "failures": Experiment(
         "runs that are bound to fail, and two sound ones, for utils/diagnose.py (--keep tests/recorded)",
         SMALL | SYMMETRIC["symmetric 0.2"],
