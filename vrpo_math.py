@@ -764,6 +764,7 @@ def main(args: Args) -> None:
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         clean_returns = gae(clean_rewards, zeros, mask, args.gamma, 1.0)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
+        active = batch["entropy_active"] | batch["perplexity_active"]  # VRPO
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -789,10 +790,7 @@ def main(args: Args) -> None:
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
-            "vrpo/active_tokens": (batch["entropy_active"] | batch["perplexity_active"])[mask]
-            .float()
-            .mean()
-            .item(),  # VRPO
+            "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
         }
 
         # --- 9.6 evaluate and checkpoint ---
