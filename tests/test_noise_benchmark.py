@@ -315,7 +315,7 @@ def test_report_of_a_part_of_the_grid(made_up):
 
 def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp_path):
     rows = []
-    for job in bench.jobs_of("gae_lambda"):
+    for job in bench.jobs_of("gae_lambda", (1, 2, 3)):
         accuracy = (
             0.5 + 0.01 * job.seed + (0.2 if job.method == "VRPO, lambda 0.5" else 0.1 * job.method.startswith("VRPO"))
         )
