@@ -143,6 +143,8 @@ def test_advantage_noise_of_a_run(name, run_main):
         "prompts_per_update": 16,
         "samples_per_prompt": 4,
         "max_new_tokens": 48,
+        "epochs": 1,
+        "minibatch_size": 64,
         "micro_batch_size": 16,
     }
     shares = []
