@@ -20,9 +20,9 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 
 model: $(VENV)/installed
-	$(PYTHON) -m utils.make_tiny_math
-	$(PYTHON) -m utils.make_tiny_science
-	$(PYTHON) -m utils.make_tiny_dialogue
+	$(PYTHON) -m assets.make.tiny_math
+	$(PYTHON) -m assets.make.tiny_science
+	$(PYTHON) -m assets.make.tiny_dialogue
 	$(PYTHON) -m utils.reward_model --device cpu
 
 $(VENV)/installed: requirements.txt

@@ -37,10 +37,10 @@ from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
-from utils.reward_model import load_reward_model, on_reward_scale
 from utils.run import Run, check_flags, parse_args, peak_memory_gb
-from utils.tasks import load_task
-from utils.votes import majority_vote
+from utils.world.reward_model import load_reward_model, on_reward_scale
+from utils.world.tasks import load_task
+from utils.world.votes import majority_vote
 
 # ==== 1. Args =========================================================================================================
 
@@ -173,7 +173,9 @@ class Args:
 # ==== 2. Task and noisy reward ========================================================================================
 
 
-def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
+def observe(
+    args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int
+) -> list[float]:
     """The observed rewards of a batch: every clean reward (0 or 1), or score on that scale, through the channel `--noise`.
 
     `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
@@ -200,10 +202,16 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
 
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
-    clean, observed = clean[~clean.isnan()], observed[~clean.isnan()]  # where no reference is known, nothing is
+    clean, observed = (
+        clean[~clean.isnan()],
+        observed[~clean.isnan()],
+    )  # where no reference is known, nothing is
     right, says_right = clean > 0.5, observed > 0.5
     youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
+    return {
+        "reward/flip_rate": (right != says_right).float().mean().item(),
+        "reward/youden_j": youden_j.item(),
+    }
 
 
 # ==== 3. Masked-tensor helpers ========================================================================================
@@ -223,16 +231,29 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]
     width = max(len(e.tokens) for e in episodes)
 
     def grid(name: str, filler) -> Tensor:
-        return torch.tensor([getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device)
+        return torch.tensor(
+            [getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device
+        )
 
     tokens = grid("tokens", pad_id)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": grid("chosen", False)[:, 1:]}
-    return batch | {"logprobs": grid("logprobs", 0.0)[:, 1:], "entropy": grid("entropy", 0.0)[:, 1:]}
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": grid("chosen", False)[:, 1:],
+    }
+    return batch | {
+        "logprobs": grid("logprobs", 0.0)[:, 1:],
+        "entropy": grid("entropy", 0.0)[:, 1:],
+    }
 
 
 def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
-    width = int(batch["mask"][rows].any(0).nonzero().max().item()) + 1 if batch["mask"][rows].any() else 1
+    width = (
+        int(batch["mask"][rows].any(0).nonzero().max().item()) + 1
+        if batch["mask"][rows].any()
+        else 1
+    )
     return {key: value[rows, :width] for key, value in batch.items()}
 
 
@@ -280,13 +301,21 @@ def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     ends = turn_ends(mask)
     turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
     scored = ends & (turns_to_go < scores.shape[1])
-    return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
+    return torch.where(
+        scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0
+    )
 
 
 def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
     """1 - max(0, corr(A, A without the reward errors))^2 over the masked tokens: the share of the variance of the advantages that
     does not follow the clean rewards. Both have the same values, so a critic's own errors are not seen. NaN where either is constant."""
-    return 1 - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1].clamp(min=0).item() ** 2
+    return (
+        1
+        - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1]
+        .clamp(min=0)
+        .item()
+        ** 2
+    )
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -301,19 +330,25 @@ def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 
 
-def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the largest tensors there are, so
     no more than LOGITS_AT_ONCE of them exist at a time: each chunk's are computed again in the backward pass."""
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
-        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(
+            logprobs.exp() * logprobs
+        ).sum(-1)
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     if len(targets) <= rows:
         return chunk(hidden, targets)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
+    parts = [
+        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks
+    ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -339,7 +374,12 @@ class Episode:
     completions: list[str] = field(default_factory=list)
     finished: bool = False  # the last answer ended with EOS
 
-    def add(self, tokens: list[int], logprobs: list[float] | None = None, entropy: list[float] | None = None) -> None:
+    def add(
+        self,
+        tokens: list[int],
+        logprobs: list[float] | None = None,
+        entropy: list[float] | None = None,
+    ) -> None:
         """The next tokens: the policy's own, with log-probability and entropy, or those of the prompt or the user, without."""
         self.tokens += tokens
         self.chosen += [logprobs is not None] * len(tokens)
@@ -356,7 +396,9 @@ def rollout(policy, chat, task, problems: list, args: Args, temperature: float) 
     for turn in range(args.max_turns):
         for start in range(0, len(live), args.rollout_batch_size):
             some = live[start : start + args.rollout_batch_size]
-            answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
+            answers = generate(
+                policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature
+            )
             for episode, answer in zip(some, answers, strict=True):
                 episode.add(*answer)
                 episode.completions.append(chat.decode(answer.tokens))
@@ -376,7 +418,9 @@ def judged(episode: Episode, args: Args) -> list[str]:
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
 
 
-def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args) -> list[dict]:
+def transcripts(
+    task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args
+) -> list[dict]:
     """An episode of every prompt: what was said, reward and value at the end of each turn, the true outcome, every token."""
     rows, batch = [], batch | {"rewards": rewards}
     for i in range(0, len(episodes), args.samples_per_prompt):
@@ -385,9 +429,19 @@ def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dic
         row = {key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch}
         row["messages"] = task.messages(episode.problem, episode.completions)
         row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
-        row["tokens"] = {"text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]], "chosen": episode.chosen[1:]}
-        grids = {key: batch[key][i] for key in ("values", "advantages", "entropy", "rewards") if key in batch}
-        row["tokens"] |= {k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist() for k, x in grids.items()}
+        row["tokens"] = {
+            "text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]],
+            "chosen": episode.chosen[1:],
+        }
+        grids = {
+            key: batch[key][i]
+            for key in ("values", "advantages", "entropy", "rewards")
+            if key in batch
+        }
+        row["tokens"] |= {
+            k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist()
+            for k, x in grids.items()
+        }
         rows.append(row)
     return rows
 
@@ -397,14 +451,20 @@ def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dic
 def score_tokens(reference, batch: dict, args: Args) -> dict[str, Tensor]:
     """What is fixed before the update, each (B, T): `ref_logprobs`, NaN where the reference is None. Rows of similar length go
     through the models together."""
-    parts = {} if reference is not None else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
+    parts = (
+        {}
+        if reference is not None
+        else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
+    )
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
         scores = {}
         if reference is not None:
             hidden = hidden_states(reference.get_decoder(), inputs, mask)
-            scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
+            scores["ref_logprobs"], _ = logprobs_and_entropy(
+                reference.lm_head, hidden, targets, args.temperature
+            )
         for key, value in scores.items():
             grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
             grid[rows, : mask.shape[1]] = spread(value, mask)
@@ -474,7 +534,10 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
     metrics = {f"eval/{name}": value for name, value in outcomes.items()}
     metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
     right = [task.grade(e.problem, judged(e, args)) for e in episodes]
-    return metrics, [task.show(e.problem, e.completions) | {"right": r} for e, r in zip(episodes, right, strict=True)]
+    return metrics, [
+        task.show(e.problem, e.completions) | {"right": r}
+        for e, r in zip(episodes, right, strict=True)
+    ]
 
 
 # ==== 9. Main loop ====================================================================================================
@@ -483,20 +546,33 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
 def main(args: Args) -> None:
     check_flags(args)
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
-        stop("--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1")
+        stop(
+            "--assumed-false-negative-rate and --assumed-false-positive-rate: their sum must be below 1"
+        )
     if args.reward_per == "turn":
         stop("--reward-per turn: GRPO sums the rewards of an episode, so it would change nothing")
     device = pick_device(args.device)
     seed_torch(args.seed, "adapters")
     policy, chat = load_policy(
-        args.model, device, args.lora_rank, getattr(torch, args.dtype), args.system_prompt, args.thinking
+        args.model,
+        device,
+        args.lora_rank,
+        getattr(torch, args.dtype),
+        args.system_prompt,
+        args.thinking,
     )
     task = load_task(args, chat)
     reference = twin(policy).requires_grad_(False)
-    judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
+    judge = (
+        load_reward_model(args.reward_model, device, args.micro_batch_size)
+        if args.reward_model
+        else None
+    )
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}")
+    run.print(
+        f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}"
+    )
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
@@ -506,12 +582,23 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels, scale = {}, state["scale"].get(args.reward_model) if start else None  # scale: of the first batch's scores
+    labels, scale = (
+        {},
+        state["scale"].get(args.reward_model) if start else None,
+    )  # scale: of the first batch's scores
     if args.noise == "majority-vote":
-        visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
+        visited = [
+            p
+            for u in range(args.updates)
+            for p in task.batch(args.seed, u + 1, args.prompts_per_update)
+        ]
         with precision:
             labels = majority_vote(
-                lambda some: rollout(reference, chat, task, some, args, args.temperature), task, visited, args, run
+                lambda some: rollout(reference, chat, task, some, args, args.temperature),
+                task,
+                visited,
+                args,
+                run,
             )
     if start == 0:
         with precision:
@@ -524,7 +611,9 @@ def main(args: Args) -> None:
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
+            group["lr"] = rate * (
+                1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0
+            )
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
         problems = task.batch(args.seed, update, args.prompts_per_update)
@@ -541,7 +630,9 @@ def main(args: Args) -> None:
         finished = torch.tensor([e.finished for e in episodes], device=device)
         if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
             with precision:
-                raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
+                raw = judge.score_episodes(task, episodes, args.reward_per).to(
+                    device
+                )  # (B, K), the last K turns
             scores, scale = on_reward_scale(raw, scale)
             if args.truncated == "wrong":
                 scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
@@ -549,14 +640,20 @@ def main(args: Args) -> None:
             seen = clean
             if labels:
                 labelled = [replace(e.problem, answer=labels[e.problem.key]) for e in episodes]
-                seen = [task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)]
+                seen = [
+                    task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)
+                ]
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
         observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
         # GRPO: known error rates, if any, are undone
-        corrected = correct_noise(observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate)
+        corrected = correct_noise(
+            observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate
+        )
         scores[:, -1] = corrected
-        gains = scores.diff(dim=1, prepend=torch.zeros_like(scores[:, :1]))  # what each turn adds; they sum to observed
+        gains = scores.diff(
+            dim=1, prepend=torch.zeros_like(scores[:, :1])
+        )  # what each turn adds; they sum to observed
         rewards = place_rewards(gains, batch["mask"])
 
         # --- 9.3 advantages ---
@@ -564,8 +661,12 @@ def main(args: Args) -> None:
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
         if mask.sum() < 2:
-            stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
-        compared = reference if args.kl_coef > 0 or evaluates else None  # a mere metric is not worth a pass every time
+            stop(
+                f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens"
+            )
+        compared = (
+            reference if args.kl_coef > 0 or evaluates else None
+        )  # a mere metric is not worth a pass every time
         with precision:
             batch |= score_tokens(compared, batch, args)  # GRPO: no values
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
@@ -574,16 +675,27 @@ def main(args: Args) -> None:
         # GRPO: one score an episode, one advantage for all its tokens
         scores = rewards.sum(1)
         groups = scores.view(-1, args.samples_per_prompt)
-        advantages = group_advantages(scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
-        batch["advantages"] = whiten(advantages, mask) if args.advantage == "reinforce_pp" else advantages
+        advantages = (
+            group_advantages(scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
+        )
+        batch["advantages"] = (
+            whiten(advantages, mask) if args.advantage == "reinforce_pp" else advantages
+        )
         scored = time.perf_counter()
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
         history = []
-        orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
-        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        orders = [
+            permutation(len(episodes), args.seed, "minibatches", update, epoch)
+            for epoch in range(args.epochs)
+        ]
+        minibatches = [
+            rows for order in orders for rows in order.to(device).split(args.minibatch_size)
+        ]
         for minibatch in (take(batch, rows) for rows in minibatches):
-            most_tokens = args.max_turns * args.max_new_tokens  # GRPO: what --loss-norm constant divides by
+            most_tokens = (
+                args.max_turns * args.max_new_tokens
+            )  # GRPO: what --loss-norm constant divides by
             minibatch["weights"] = token_weights(minibatch["mask"], args.loss_norm, most_tokens)
             stats: dict[str, Tensor] = {}
             optimizer.zero_grad()
@@ -593,15 +705,22 @@ def main(args: Args) -> None:
                 with precision:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
                     targets = part["targets"][chosen]
-                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
-                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)  # GRPO: no values
+                    logprobs, entropy = logprobs_and_entropy(
+                        policy.lm_head, hidden, targets, args.temperature
+                    )
+                logprobs, entropy = (
+                    spread(logprobs, chosen),
+                    spread(entropy, chosen),
+                )  # GRPO: no values
                 losses = {}
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                 )
                 # GRPO: no value loss
                 loss = losses["losses/policy"]
-                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
+                loss = loss - args.entropy_coef * weighted_sum(
+                    entropy, weights
+                )  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()
@@ -609,7 +728,9 @@ def main(args: Args) -> None:
                     stats[key] = stats.get(key, 0.0) + value.detach()
             for group in optimizer.param_groups:
                 norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-                stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
+                stats[f"losses/grad_norm_{group['name']}"] = norm.to(
+                    device
+                )  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
                 numbers = {key: value.item() for key, value in stats.items()}
                 stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
@@ -622,7 +743,10 @@ def main(args: Args) -> None:
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
         # GRPO: the advantages of the clean rewards, to compare
         clean_scores = scores + clean - corrected
-        without_errors = group_advantages(clean_scores, args.samples_per_prompt, args.advantage).unsqueeze(1) * mask
+        without_errors = (
+            group_advantages(clean_scores, args.samples_per_prompt, args.advantage).unsqueeze(1)
+            * mask
+        )
         metrics = {
             "charts/episodes": update * len(episodes),
             "charts/tokens_per_second": sum(lengths) / (updated - began),
@@ -657,7 +781,10 @@ def main(args: Args) -> None:
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"optimizer": optimizer.state_dict(), "scale": {args.reward_model: scale}}  # GRPO: no critic
+            state = {
+                "optimizer": optimizer.state_dict(),
+                "scale": {args.reward_model: scale},
+            }  # GRPO: no critic
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

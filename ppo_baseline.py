@@ -33,10 +33,10 @@ from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
-from utils.reward_model import load_reward_model, on_reward_scale
 from utils.run import Run, check_flags, parse_args, peak_memory_gb
-from utils.tasks import load_task
-from utils.votes import majority_vote
+from utils.world.reward_model import load_reward_model, on_reward_scale
+from utils.world.tasks import load_task
+from utils.world.votes import majority_vote
 
 # ==== 1. Args =========================================================================================================
 
@@ -179,7 +179,9 @@ class Args:
 # ==== 2. Task and noisy reward ========================================================================================
 
 
-def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int) -> list[float]:
+def observe(
+    args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int
+) -> list[float]:
     """The observed rewards of a batch: every clean reward (0 or 1), or score on that scale, through the channel `--noise`.
 
     `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
@@ -206,10 +208,16 @@ def observe(args: Args, clean: list[float], keys: list[str], lengths: list[int],
 
 def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
     """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
-    clean, observed = clean[~clean.isnan()], observed[~clean.isnan()]  # where no reference is known, nothing is
+    clean, observed = (
+        clean[~clean.isnan()],
+        observed[~clean.isnan()],
+    )  # where no reference is known, nothing is
     right, says_right = clean > 0.5, observed > 0.5
     youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    return {"reward/flip_rate": (right != says_right).float().mean().item(), "reward/youden_j": youden_j.item()}
+    return {
+        "reward/flip_rate": (right != says_right).float().mean().item(),
+        "reward/youden_j": youden_j.item(),
+    }
 
 
 # ==== 3. Masked-tensor helpers ========================================================================================
@@ -229,16 +237,29 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]
     width = max(len(e.tokens) for e in episodes)
 
     def grid(name: str, filler) -> Tensor:
-        return torch.tensor([getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device)
+        return torch.tensor(
+            [getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device
+        )
 
     tokens = grid("tokens", pad_id)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": grid("chosen", False)[:, 1:]}
-    return batch | {"logprobs": grid("logprobs", 0.0)[:, 1:], "entropy": grid("entropy", 0.0)[:, 1:]}
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": grid("chosen", False)[:, 1:],
+    }
+    return batch | {
+        "logprobs": grid("logprobs", 0.0)[:, 1:],
+        "entropy": grid("entropy", 0.0)[:, 1:],
+    }
 
 
 def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
-    width = int(batch["mask"][rows].any(0).nonzero().max().item()) + 1 if batch["mask"][rows].any() else 1
+    width = (
+        int(batch["mask"][rows].any(0).nonzero().max().item()) + 1
+        if batch["mask"][rows].any()
+        else 1
+    )
     return {key: value[rows, :width] for key, value in batch.items()}
 
 
@@ -278,7 +299,9 @@ def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     ends = turn_ends(mask)
     turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
     scored = ends & (turns_to_go < scores.shape[1])
-    return torch.where(scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0)
+    return torch.where(
+        scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0
+    )
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
@@ -291,7 +314,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
     """1 - max(0, corr(A, A without the reward errors))^2 over the masked tokens: the share of the variance of the advantages that
     does not follow the clean rewards. Both have the same values, so a critic's own errors are not seen. NaN where either is constant."""
-    return 1 - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1].clamp(min=0).item() ** 2
+    return (
+        1
+        - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1]
+        .clamp(min=0)
+        .item()
+        ** 2
+    )
 
 
 # ==== 4. Models: policy, frozen reference, critic =====================================================================
@@ -306,19 +335,25 @@ def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 
 
-def logprobs_and_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the largest tensors there are, so
     no more than LOGITS_AT_ONCE of them exist at a time: each chunk's are computed again in the backward pass."""
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
-        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(
+            logprobs.exp() * logprobs
+        ).sum(-1)
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     if len(targets) <= rows:
         return chunk(hidden, targets)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
+    parts = [
+        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks
+    ]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -334,7 +369,9 @@ class Critic(nn.Module):
 
     def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
-        return policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
+        return (
+            policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
+        )
 
     def values(self, features: Tensor) -> Tensor:
         """V (N,) of N states, in float32 whatever the precision of the backbone."""
@@ -346,7 +383,13 @@ def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
     """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
     groups = [{"name": "policy", "params": trainable(policy), "lr": args.learning_rate}]
     if critic.backbone is not None:
-        groups.append({"name": "critic", "params": trainable(critic.backbone), "lr": args.critic_learning_rate})
+        groups.append(
+            {
+                "name": "critic",
+                "params": trainable(critic.backbone),
+                "lr": args.critic_learning_rate,
+            }
+        )
     head = [p for name, p in critic.named_parameters() if not name.startswith("backbone.")]
     groups.append({"name": "head", "params": head, "lr": args.head_learning_rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
@@ -367,7 +410,12 @@ class Episode:
     completions: list[str] = field(default_factory=list)
     finished: bool = False  # the last answer ended with EOS
 
-    def add(self, tokens: list[int], logprobs: list[float] | None = None, entropy: list[float] | None = None) -> None:
+    def add(
+        self,
+        tokens: list[int],
+        logprobs: list[float] | None = None,
+        entropy: list[float] | None = None,
+    ) -> None:
         """The next tokens: the policy's own, with log-probability and entropy, or those of the prompt or the user, without."""
         self.tokens += tokens
         self.chosen += [logprobs is not None] * len(tokens)
@@ -384,7 +432,9 @@ def rollout(policy, chat, task, problems: list, args: Args, temperature: float) 
     for turn in range(args.max_turns):
         for start in range(0, len(live), args.rollout_batch_size):
             some = live[start : start + args.rollout_batch_size]
-            answers = generate(policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature)
+            answers = generate(
+                policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature
+            )
             for episode, answer in zip(some, answers, strict=True):
                 episode.add(*answer)
                 episode.completions.append(chat.decode(answer.tokens))
@@ -404,7 +454,9 @@ def judged(episode: Episode, args: Args) -> list[str]:
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
 
 
-def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args) -> list[dict]:
+def transcripts(
+    task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args
+) -> list[dict]:
     """An episode of every prompt: what was said, reward and value at the end of each turn, the true outcome, every token."""
     rows, batch = [], batch | {"rewards": rewards}
     for i in range(0, len(episodes), args.samples_per_prompt):
@@ -413,9 +465,19 @@ def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dic
         row = {key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch}
         row["messages"] = task.messages(episode.problem, episode.completions)
         row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
-        row["tokens"] = {"text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]], "chosen": episode.chosen[1:]}
-        grids = {key: batch[key][i] for key in ("values", "advantages", "entropy", "rewards") if key in batch}
-        row["tokens"] |= {k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist() for k, x in grids.items()}
+        row["tokens"] = {
+            "text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]],
+            "chosen": episode.chosen[1:],
+        }
+        grids = {
+            key: batch[key][i]
+            for key in ("values", "advantages", "entropy", "rewards")
+            if key in batch
+        }
+        row["tokens"] |= {
+            k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist()
+            for k, x in grids.items()
+        }
         rows.append(row)
     return rows
 
@@ -424,15 +486,23 @@ def transcripts(task, chat, episodes: list[Episode], rewards: Tensor, batch: dic
 def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
     """What is fixed before the update, each (B, T): `values`, and `ref_logprobs`, NaN where the reference is None. Rows of similar
     length go through the models together."""
-    parts = {} if reference is not None else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
+    parts = (
+        {}
+        if reference is not None
+        else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
+    )
     for rows in by_length(batch["mask"]).split(args.micro_batch_size):
         part = take(batch, rows)
         inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
         scores = {}
         if reference is not None:
             hidden = hidden_states(reference.get_decoder(), inputs, mask)
-            scores["ref_logprobs"], _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
-        hidden = hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None
+            scores["ref_logprobs"], _ = logprobs_and_entropy(
+                reference.lm_head, hidden, targets, args.temperature
+            )
+        hidden = (
+            hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None
+        )
         scores["values"] = critic.values(critic.features(inputs, mask, hidden))
         for key, value in scores.items():
             grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
@@ -461,7 +531,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
-def advantages_and_targets(rewards: Tensor, batch: dict, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def advantages_and_targets(
+    rewards: Tensor, batch: dict, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A (B, T), not yet whitened, of the rewards and what `score_tokens` found; and what the critic is fitted to: `returns` (B, T)."""
     values, mask = batch["values"], batch["mask"]
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
@@ -497,7 +569,9 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
     return weighted_sum(d.exp() - 1 - d, weights)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
+) -> Tensor:
     """E[(V - R)^2]; with `clip` the larger of it and the error of V kept within `clip` of the rollout's value."""
     loss = (values - returns) ** 2
     if clip is not None:
@@ -506,11 +580,15 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Ten
     return weighted_sum(loss, weights)
 
 
-def critic_loss(critic, features: Tensor, part: dict, unit: Tensor, update: int, args: Args) -> tuple[Tensor, dict]:
+def critic_loss(
+    critic, features: Tensor, part: dict, unit: Tensor, update: int, args: Args
+) -> tuple[Tensor, dict]:
     """The critic's loss on a micro-batch and its terms, from features (N, D); `unit` is the variance of the returns, so that a
     constant critic has 1."""
     values = spread(critic.values(features), part["mask"])
-    loss = value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip) / unit
+    loss = (
+        value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip) / unit
+    )
     return loss, {"losses/value": loss}
 
 
@@ -524,7 +602,10 @@ def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dic
     metrics = {f"eval/{name}": value for name, value in outcomes.items()}
     metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
     right = [task.grade(e.problem, judged(e, args)) for e in episodes]
-    return metrics, [task.show(e.problem, e.completions) | {"right": r} for e, r in zip(episodes, right, strict=True)]
+    return metrics, [
+        task.show(e.problem, e.completions) | {"right": r}
+        for e, r in zip(episodes, right, strict=True)
+    ]
 
 
 # ==== 9. Main loop ====================================================================================================
@@ -535,16 +616,27 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     seed_torch(args.seed, "adapters")
     policy, chat = load_policy(
-        args.model, device, args.lora_rank, getattr(torch, args.dtype), args.system_prompt, args.thinking
+        args.model,
+        device,
+        args.lora_rank,
+        getattr(torch, args.dtype),
+        args.system_prompt,
+        args.thinking,
     )
     task = load_task(args, chat)
     reference = twin(policy).requires_grad_(False)
-    judge = load_reward_model(args.reward_model, device, args.micro_batch_size) if args.reward_model else None
+    judge = (
+        load_reward_model(args.reward_model, device, args.micro_batch_size)
+        if args.reward_model
+        else None
+    )
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     run = Run(args)
-    run.print(f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}")
+    run.print(
+        f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}"
+    )
 
     start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
     if start:
@@ -555,12 +647,23 @@ def main(args: Args) -> None:
     if start:
         optimizer.load_state_dict(state["optimizer"])
     run.rewind(start)
-    labels, scale = {}, state["scale"].get(args.reward_model) if start else None  # scale: of the first batch's scores
+    labels, scale = (
+        {},
+        state["scale"].get(args.reward_model) if start else None,
+    )  # scale: of the first batch's scores
     if args.noise == "majority-vote":
-        visited = [p for u in range(args.updates) for p in task.batch(args.seed, u + 1, args.prompts_per_update)]
+        visited = [
+            p
+            for u in range(args.updates)
+            for p in task.batch(args.seed, u + 1, args.prompts_per_update)
+        ]
         with precision:
             labels = majority_vote(
-                lambda some: rollout(reference, chat, task, some, args, args.temperature), task, visited, args, run
+                lambda some: rollout(reference, chat, task, some, args, args.temperature),
+                task,
+                visited,
+                args,
+                run,
             )
     if start == 0:
         with precision:
@@ -573,8 +676,12 @@ def main(args: Args) -> None:
         last = update == args.updates
         evaluates = update % args.eval_every == 0 or last
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0)
-        for parameter in optimizer.param_groups[0]["params"]:  # the policy's: until then the critic trains alone
+            group["lr"] = rate * (
+                1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0
+            )
+        for parameter in optimizer.param_groups[0][
+            "params"
+        ]:  # the policy's: until then the critic trains alone
             parameter.requires_grad_(update > args.critic_warmup)
 
         # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
@@ -592,7 +699,9 @@ def main(args: Args) -> None:
         finished = torch.tensor([e.finished for e in episodes], device=device)
         if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
             with precision:
-                raw = judge.score_episodes(task, episodes, args.reward_per).to(device)  # (B, K), the last K turns
+                raw = judge.score_episodes(task, episodes, args.reward_per).to(
+                    device
+                )  # (B, K), the last K turns
             scores, scale = on_reward_scale(raw, scale)
             if args.truncated == "wrong":
                 scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
@@ -600,12 +709,16 @@ def main(args: Args) -> None:
             seen = clean
             if labels:
                 labelled = [replace(e.problem, answer=labels[e.problem.key]) for e in episodes]
-                seen = [task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)]
+                seen = [
+                    task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)
+                ]
             scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
         observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
         clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
         scores[:, -1] = observed
-        gains = scores.diff(dim=1, prepend=torch.zeros_like(scores[:, :1]))  # what each turn adds; they sum to observed
+        gains = scores.diff(
+            dim=1, prepend=torch.zeros_like(scores[:, :1])
+        )  # what each turn adds; they sum to observed
         rewards = place_rewards(gains, batch["mask"])
 
         # --- 9.3 advantages ---
@@ -613,10 +726,16 @@ def main(args: Args) -> None:
             batch["mask"] = batch["mask"] & finished.unsqueeze(1)
         mask = batch["mask"]
         if mask.sum() < 2:
-            stop(f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens")
+            stop(
+                f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens"
+            )
         if update == 1:
-            nn.init.constant_(critic.head.bias, observed.mean().item())  # begin with the best constant
-        compared = reference if args.kl_coef > 0 or evaluates else None  # a mere metric is not worth a pass every time
+            nn.init.constant_(
+                critic.head.bias, observed.mean().item()
+            )  # begin with the best constant
+        compared = (
+            reference if args.kl_coef > 0 or evaluates else None
+        )  # a mere metric is not worth a pass every time
         with precision:
             batch |= score_tokens(policy, compared, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
@@ -624,13 +743,20 @@ def main(args: Args) -> None:
             rewards = rewards - args.kl_coef * kl
         advantages, critic_targets = advantages_and_targets(rewards, batch, args)
         batch |= critic_targets | {"advantages": whiten(advantages, mask)}
-        return_variance = batch["returns"][mask].var().clamp(min=0.01)  # unit of the value loss: 1 is a constant critic
+        return_variance = (
+            batch["returns"][mask].var().clamp(min=0.01)
+        )  # unit of the value loss: 1 is a constant critic
         scored = time.perf_counter()
 
         # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
         history = []
-        orders = [permutation(len(episodes), args.seed, "minibatches", update, epoch) for epoch in range(args.epochs)]
-        minibatches = [rows for order in orders for rows in order.to(device).split(args.minibatch_size)]
+        orders = [
+            permutation(len(episodes), args.seed, "minibatches", update, epoch)
+            for epoch in range(args.epochs)
+        ]
+        minibatches = [
+            rows for order in orders for rows in order.to(device).split(args.minibatch_size)
+        ]
         for minibatch in (take(batch, rows) for rows in minibatches):
             minibatch["weights"] = token_weights(minibatch["mask"])
             stats: dict[str, Tensor] = {}
@@ -641,15 +767,21 @@ def main(args: Args) -> None:
                 with precision:
                     hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
                     targets = part["targets"][chosen]
-                    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, targets, args.temperature)
+                    logprobs, entropy = logprobs_and_entropy(
+                        policy.lm_head, hidden, targets, args.temperature
+                    )
                     features = critic.features(part["inputs"], chosen, hidden)
-                    critic_term, losses = critic_loss(critic, features, part, return_variance, update, args)
+                    critic_term, losses = critic_loss(
+                        critic, features, part, return_variance, update, args
+                    )
                 logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)
                 losses["losses/policy"], micro_stats = policy_loss(
                     logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                 )
                 loss = losses["losses/policy"] + args.value_coef * critic_term
-                loss = loss - args.entropy_coef * weighted_sum(entropy, weights)  # 0 too: frees the logits
+                loss = loss - args.entropy_coef * weighted_sum(
+                    entropy, weights
+                )  # 0 too: frees the logits
                 if args.kl_in == "loss" and args.kl_coef > 0:
                     loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
                 loss.backward()
@@ -657,7 +789,9 @@ def main(args: Args) -> None:
                     stats[key] = stats.get(key, 0.0) + value.detach()
             for group in optimizer.param_groups:
                 norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-                stats[f"losses/grad_norm_{group['name']}"] = norm.to(device)  # on the CPU while there are no gradients
+                stats[f"losses/grad_norm_{group['name']}"] = norm.to(
+                    device
+                )  # on the CPU while there are no gradients
             if not torch.stack(list(stats.values())).isfinite().all():
                 numbers = {key: value.item() for key, value in stats.items()}
                 stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
@@ -668,8 +802,14 @@ def main(args: Args) -> None:
 
         # --- 9.5 log: losses are means over all minibatches of the update ---
         sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
-        zeros, observed, clean = torch.zeros_like(rewards), observed.unsqueeze(1), clean.unsqueeze(1)  # (B, T), (B, 1)
-        observed_returns = gae(rewards, zeros, mask, args.gamma, 1.0)  # V = 0, lambda = 1: the discounted return
+        zeros, observed, clean = (
+            torch.zeros_like(rewards),
+            observed.unsqueeze(1),
+            clean.unsqueeze(1),
+        )  # (B, T), (B, 1)
+        observed_returns = gae(
+            rewards, zeros, mask, args.gamma, 1.0
+        )  # V = 0, lambda = 1: the discounted return
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         clean_returns = gae(clean_rewards, zeros, mask, args.gamma, 1.0)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
@@ -693,8 +833,12 @@ def main(args: Args) -> None:
             "objective/entropy": batch["entropy"][mask].mean().item(),
             "objective/advantage_noise": advantage_noise(advantages, without_errors, mask),
             **mean,
-            "critic/explained_variance": explained_variance(batch["values"], observed_returns, mask),
-            "critic/explained_variance_clean": explained_variance(batch["values"], clean_returns, mask),
+            "critic/explained_variance": explained_variance(
+                batch["values"], observed_returns, mask
+            ),
+            "critic/explained_variance_clean": explained_variance(
+                batch["values"], clean_returns, mask
+            ),
             "critic/value_mean": batch["values"][mask].mean().item(),
             "critic/return_mean": observed_returns[mask].mean().item(),
             "critic/advantage_std": advantages[mask].std().item(),
@@ -710,7 +854,11 @@ def main(args: Args) -> None:
         run.log(update, metrics)
         leaving = run.interrupt
         if update % args.save_every == 0 or last or leaving:
-            state = {"critic": critic, "optimizer": optimizer.state_dict(), "scale": {args.reward_model: scale}}
+            state = {
+                "critic": critic,
+                "optimizer": optimizer.state_dict(),
+                "scale": {args.reward_model: scale},
+            }
             save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
         if leaving and not last:
             run.leave(leaving, update)

@@ -1,12 +1,13 @@
-"""Learning curves beside the noise benchmark: dialogues, in longer runs, and SmolLM2-135M-Instruct on two data sets.
+"""Learning curves beside the noise benchmark: dialogues, in longer runs, and SmolLM2-135M-Instruct
+on two data sets.
 
     python benchmark/curves.py --suite dialogue --arms reward-model          # hours on two cores, stop and start at will
     python benchmark/curves.py --suite word-problems --arms none --seeds 1 --data DIR
     python benchmark/curves.py --suite arc-easy --arms none --seeds 1 --model DIR
 
-Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped. Results: args.json and
-metrics.csv of every run in benchmark/results/<folder of the suite>/, a figure for each arm, and table.md.
-"""
+Each run has one thread, `--workers` run at a time, and a run whose results are there is skipped.
+Results: args.json and metrics.csv of every run in benchmark/results/<folder of the suite>/, a
+figure for each arm, and table.md."""
 
 import os
 import shlex
@@ -24,13 +25,14 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.errors import stop  # noqa: E402
-from utils.plot import plot_runs, read_run  # noqa: E402
+from utils.report.plot import plot_runs, read_run  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Scripts with the flags that only one of them has, flags of all, arms with their flags (the first two are the default), and
-    the measures of the table: the first at start, end and peak, the others at start and end."""
+    """Scripts with the flags that only one of them has, flags of all, arms with their flags (the
+    first two are the default), and the measures of the table: the first at start, end and peak, the
+    others at start and end."""
 
     folder: str
     scripts: dict[str, list[str]]
@@ -47,7 +49,11 @@ REAL = shlex.split(
     "--max-prompt-tokens 160 --train-split train[:90%] --test-split train[90%:] --truncated grade"
 )
 CRITIC = ["--critic-learning-rate", "5e-5"]
-REAL_SCRIPTS = {"ppo_baseline": CRITIC, "grpo_baseline": [], "vrpo_math": [*CRITIC, "--beta-warmup", "3"]}
+REAL_SCRIPTS = {
+    "ppo_baseline": CRITIC,
+    "grpo_baseline": [],
+    "vrpo_math": [*CRITIC, "--beta-warmup", "3"],
+}
 WORDS = '{question}\nEnd with "The answer is" and the number.'
 LETTER = "{question}\nAnswer with one letter."
 SYSTEM = "You answer questions of science. Your answer is the right option, such as: B) water"
@@ -77,7 +83,15 @@ SUITES = {
             "truth": ["--reward-model", "None"],
             "random": ["--reward-model", "None", "--noise", "random"],
         },
-        ["eval/average", "eval/tcr", "eval/acr", "eval/gcr", "eval/tcr_unseen", "eval/turns", "eval/impatient"],
+        [
+            "eval/average",
+            "eval/tcr",
+            "eval/acr",
+            "eval/gcr",
+            "eval/tcr_unseen",
+            "eval/turns",
+            "eval/impatient",
+        ],
     ),
 }
 
@@ -95,8 +109,9 @@ class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """word-problems, arc-easy: the policy at the start"""
     data: str | None = None
-    """word-problems, arc-easy: the data set; must be given for word-problems (a folder with train.jsonl of ASDiv and MAWPS in the columns question
-    and answer); default for arc-easy: allenai/ai2_arc"""
+    """word-problems, arc-easy: the data set; must be given for word-problems (a folder with
+    train.jsonl of ASDiv and MAWPS in the columns question and answer); default for arc-easy:
+    allenai/ai2_arc"""
 
 
 def run(args: Args, suite: Suite, script: str, arm: str, seed: int) -> None:
@@ -128,8 +143,15 @@ PICKS = {"start": lambda curve: curve[0], "last": lambda curve: curve[-1], "peak
 def table(suite: Suite) -> str:
     """Mean and range over seeds, in Markdown."""
     first, *others = suite.measures
-    columns = [(first, pick) for pick in PICKS] + [(other, pick) for other in others for pick in ("start", "last")]
-    titles = ["script", "arm", "seeds", *(f"{measure.split('/')[1]}, {pick}" for measure, pick in columns)]
+    columns = [(first, pick) for pick in PICKS] + [
+        (other, pick) for other in others for pick in ("start", "last")
+    ]
+    titles = [
+        "script",
+        "arm",
+        "seeds",
+        *(f"{measure.split('/')[1]}, {pick}" for measure, pick in columns),
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     results = ROOT / "benchmark" / "results" / suite.folder
     for arm in suite.arms:
@@ -139,7 +161,9 @@ def table(suite: Suite) -> str:
             for measure, pick in columns if runs else []:
                 values = [PICKS[pick](list(series[measure].values())) for series in runs]
                 digits = 3 if max(values) <= 1 else 1
-                mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
+                mean, low, high = (
+                    f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values))
+                )
                 cells.append(mean if low == high else f"{mean} ({low} to {high})")
             lines += [f"| {' | '.join([script, arm, str(len(runs)), *cells])} |"] if runs else []
     return "\n".join(lines) + "\n"
@@ -153,12 +177,19 @@ def main(args: Args) -> None:
     arms = args.arms or tuple(suite.arms)[:2]
     if unknown := set(arms) - set(suite.arms):
         stop(f"--arms {' '.join(unknown)}: the suite {args.suite} has {', '.join(suite.arms)}")
-    jobs = [(args, suite, script, arm, seed) for arm in arms for seed in args.seeds for script in suite.scripts]
+    jobs = [
+        (args, suite, script, arm, seed)
+        for arm in arms
+        for seed in args.seeds
+        for script in suite.scripts
+    ]
     with ThreadPoolExecutor(args.workers) as pool:
         for job in [pool.submit(run, *job) for job in jobs]:
             job.result()
     for arm in arms:
-        folders = [f for script in suite.scripts for f in sorted(results.glob(f"{script}__{arm}__*"))]
+        folders = [
+            f for script in suite.scripts for f in sorted(results.glob(f"{script}__{arm}__*"))
+        ]
         print(plot_runs(folders, results / f"{arm}.png"))
     (results / "table.md").write_text(table(suite))
     print(table(suite))

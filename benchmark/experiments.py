@@ -1,7 +1,8 @@
-"""The named experiments of benchmark/run.py, as data: which methods meet which noise, with which flags and seeds.
+"""The named experiments of benchmark/run.py, as data: which methods meet which noise, with which
+flags and seeds.
 
-All methods of an experiment share prompts, noise, budget and evaluation. To add one, add an entry to EXPERIMENTS.
-"""
+All methods of an experiment share prompts, noise, budget and evaluation. To add one, add an entry
+to EXPERIMENTS."""
 
 from dataclasses import dataclass, field
 
@@ -16,10 +17,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Experiment:
-    """`flags` hold for all runs; those of the method and of the arm come on top, and last those of `extra` for a method in an arm.
-    A method's runs are compared with those of the method that `against` names for it, by default the first one (None: with none).
-    A `grid` is reported with its arms as columns, VRPO against its rivals, and averages over the noisy arms.
-    `seconds` is what a run took on one thread of a two-core machine."""
+    """`flags` hold for all runs; those of the method and of the arm come on top, and last those of
+    `extra` for a method in an arm. A method's runs are compared with those of the method that
+    `against` names for it, by default the first one (None: with none). A `grid` is reported with
+    its arms as columns, VRPO against its rivals, and averages over the noisy arms. `seconds` is
+    what a run took on one thread of a two-core machine."""
 
     about: str
     flags: Flags
@@ -52,14 +54,23 @@ ARMS: dict[str, Flags] = {
     "symmetric 0.3": {"noise": "symmetric", "noise_rate": 0.3},
     "persistent 0.2": {"noise": "persistent", "noise_rate": 0.2},
     # both have Youden's J = 0.6, as symmetric 0.2 has
-    "false positives": {"noise": "asymmetric", "false_positive_rate": 0.35, "false_negative_rate": 0.05},
-    "false negatives": {"noise": "asymmetric", "false_positive_rate": 0.05, "false_negative_rate": 0.35},
+    "false positives": {
+        "noise": "asymmetric",
+        "false_positive_rate": 0.35,
+        "false_negative_rate": 0.05,
+    },
+    "false negatives": {
+        "noise": "asymmetric",
+        "false_positive_rate": 0.05,
+        "false_negative_rate": 0.35,
+    },
     "length": {"noise": "length", "noise_rate": 0.8},
     "majority vote": {"noise": "majority-vote"},
     "coin": {"noise": "random"},
 }
-# The noise-corrected method is told the true rates where the channel has them, and 0.2 each where nobody could know them. Centring on the
-# group cancels the shift and AdamW a constant factor, so it is Dr.GRPO again but for rounding: how far two runs of one method part.
+# The noise-corrected method is told the true rates where the channel has them, and 0.2 each where
+# nobody could know them. Centring on the group cancels the shift and AdamW a constant factor, so it
+# is Dr.GRPO again but for rounding: how far two runs of one method part.
 KNOWN = {"none": (0.0, 0.0), "symmetric": ("noise_rate", "noise_rate"), "persistent": ("noise_rate", "noise_rate"),
          "asymmetric": ("false_positive_rate", "false_negative_rate")}  # fmt: skip
 
@@ -68,12 +79,16 @@ def corrected() -> dict[tuple[str, str], Flags]:
     extra = {}
     for arm, flags in ARMS.items():
         fp, fn = (flags.get(name, name) for name in KNOWN.get(flags["noise"], (0.2, 0.2)))
-        extra["corrected GRPO", arm] = {"assumed_false_positive_rate": fp, "assumed_false_negative_rate": fn}
+        extra["corrected GRPO", arm] = {
+            "assumed_false_positive_rate": fp,
+            "assumed_false_negative_rate": fn,
+        }
     return extra
 
 
-# Small runs, so that the grid fits into an evening: 20 updates of 96 episodes over 120 problems, so every problem comes four times (a
-# label that is always wrong is met again). At the learning rate that `tuning` found best for each of the nine methods.
+# Small runs, so that the grid fits into an evening: 20 updates of 96 episodes over 120 problems, so
+# every problem comes four times (a label that is always wrong is met again). At the learning rate
+# that `tuning` found best for each of the nine methods.
 SMALL: Flags = {
     "updates": 20, "prompts_per_update": 24, "epochs": 1, "minibatch_size": 24, "learning_rate": 1e-4, "train_split": "train[:120]",
     "eval_every": 5, "save_every": 10,
@@ -178,7 +193,7 @@ EXPERIMENTS = {
         against={"VRPO, warm-up 5": "VRPO, warm-up 0"},
     ),
     "failures": Experiment(
-        "runs that are bound to fail, and two sound ones, for utils/diagnose.py (--keep tests/recorded)",
+        "runs that are bound to fail, and two sound ones, for utils/report/diagnose.py (--keep tests/recorded)",
         SMALL | SYMMETRIC["symmetric 0.2"],
         {
             "sound PPO": Method("ppo_baseline"),

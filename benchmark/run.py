@@ -1,4 +1,5 @@
-"""Runs named experiments: methods x noise arms x seeds, in parallel workers of one thread each, one tidy CSV for each experiment.
+"""Runs named experiments: methods x noise arms x seeds, in parallel workers of one thread each, one
+tidy CSV for each experiment.
 
     python benchmark/run.py --list                           # what there is, and how long it takes on two cores
     python benchmark/run.py noise_grid --list                # its methods, arms and seeds
@@ -7,12 +8,12 @@
     python benchmark/run.py noise_grid --commands            # the commands, to run by hand
     python benchmark/report.py                               # tables and figures, from the CSVs alone
 
-benchmark/results/<experiment>.csv has a row for each run and evaluation; training metrics in it are means over the updates since the
-evaluation before. A run whose rows are there, made with the same flags, is skipped, be it under another name or in another
-experiment; one that was stopped goes on from its newest checkpoint. A new flag of a script, or a new default, makes other runs of all of
-that script's. Any other change of the code is not noticed (column `commit` tells which one made a row): delete the rows, and the runs in
-runs/benchmark, to make them again.
-"""
+benchmark/results/<experiment>.csv has a row for each run and evaluation; training metrics in it are
+means over the updates since the evaluation before. A run whose rows are there, made with the same
+flags, is skipped, be it under another name or in another experiment; one that was stopped goes on
+from its newest checkpoint. A new flag of a script, or a new default, makes other runs of all of
+that script's. Any other change of the code is not noticed (column `commit` tells which one made a
+row): delete the rows, and the runs in runs/benchmark, to make them again."""
 
 import fcntl
 import hashlib
@@ -40,7 +41,14 @@ import pandas as pd
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +57,7 @@ from experiments import EXPERIMENTS, Experiment  # noqa: E402
 
 from utils.errors import stop  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
-from utils.tasks import DEFAULTS  # noqa: E402
+from utils.world.tasks import DEFAULTS  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 RUNS = Path("runs") / "benchmark"
@@ -79,12 +87,21 @@ class Job:
     def flags(self) -> dict:
         """The flags that are given to the script."""
         e = EXPERIMENTS[self.experiment]
-        given = e.flags | e.methods[self.method].flags | e.arms[self.arm] | e.extra.get((self.method, self.arm), {})
+        given = (
+            e.flags
+            | e.methods[self.method].flags
+            | e.arms[self.arm]
+            | e.extra.get((self.method, self.arm), {})
+        )
         return given | {"seed": self.seed}
 
     @property
     def command(self) -> list[str]:
-        words = [word for key, value in self.flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        words = [
+            word
+            for key, value in self.flags.items()
+            for word in (f"--{key.replace('_', '-')}", str(value))
+        ]
         return [f"{self.script}.py", *words]
 
     @property
@@ -110,7 +127,8 @@ class Job:
 
     @property
     def commits(self) -> Path:
-        """File with the commits that the run was made by: more than one if it was stopped and went on after a change."""
+        """File with the commits that the run was made by: more than one if it was stopped and went
+        on after a change."""
         return self.folder.with_suffix(".commits")
 
 
@@ -119,14 +137,22 @@ def digest(script: str, flags: tuple) -> str:
     """Of a script and all its flags, the defaults too: what a run depends on but the code."""
     given = dict(flags)
     args = importlib.import_module(script).Args(**{**DEFAULTS[given.get("task", "math")], **given})
-    words = json.dumps([script, {key: str(value) for key, value in vars(args).items()}], sort_keys=True)
+    words = json.dumps(
+        [script, {key: str(value) for key, value in vars(args).items()}], sort_keys=True
+    )
     return hashlib.sha256(words.encode()).hexdigest()[:10]
 
 
 def jobs_of(name: str, seeds: tuple[int, ...] = ()) -> list[Job]:
-    """All runs of an experiment, a seed after the other, so that what is stopped is still paired."""
+    """All runs of an experiment, a seed after the other, so that what is stopped is still
+    paired."""
     e = EXPERIMENTS[name]
-    return [Job(name, method, arm, seed) for seed in seeds or e.seeds for arm in e.arms for method in e.methods]
+    return [
+        Job(name, method, arm, seed)
+        for seed in seeds or e.seeds
+        for arm in e.arms
+        for method in e.methods
+    ]
 
 
 def results(name: str) -> pd.DataFrame:
@@ -136,7 +162,8 @@ def results(name: str) -> pd.DataFrame:
 
 
 def read_rows(job: Job) -> list[dict]:
-    """A finished run's evaluations, with means of the training metrics since the one before; none if it has not finished."""
+    """A finished run's evaluations, with means of the training metrics since the one before; none
+    if it has not finished."""
     file = job.folder / "metrics.csv"
     if not file.exists():
         return []
@@ -148,33 +175,55 @@ def read_rows(job: Job) -> list[dict]:
     names = [name for name in METRICS if name in frame]
     spans = evaluated[::-1].cumsum()[::-1]  # the same number from after an evaluation to the next
     means, seconds = frame.groupby(spans)[names].mean(), frame.groupby(spans)["seconds"].sum()
-    made_by = " ".join(dict.fromkeys(job.commits.read_text().split())) if job.commits.exists() else ""
+    made_by = (
+        " ".join(dict.fromkeys(job.commits.read_text().split())) if job.commits.exists() else ""
+    )
     rows = []
     for i in frame.index[evaluated]:
-        row = {"method": job.method, "arm": job.arm, "seed": job.seed, "digest": job.digest, "commit": made_by}
-        row |= {key: int(frame[column][i]) for key, column in (("update", "update"), ("episodes", "charts/episodes"))}
+        row = {
+            "method": job.method,
+            "arm": job.arm,
+            "seed": job.seed,
+            "digest": job.digest,
+            "commit": made_by,
+        }
+        row |= {
+            key: int(frame[column][i])
+            for key, column in (("update", "update"), ("episodes", "charts/episodes"))
+        }
         rows.append(row | means.loc[spans[i]].to_dict() | {"seconds": seconds[spans[i]]})
     return rows
 
 
 def commit() -> str:
-    """The commit at hand, with + if a script, utils/ or assets/ differ from it; empty where there is no git."""
+    """The commit at hand, with + if a script, utils/ or assets/ differ from it; empty where there
+    is no git."""
     try:
-        asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", ":(glob)*.py", "utils", "assets"])
-        head, changes = (subprocess.run(["git", *x], cwd=ROOT, capture_output=True, text=True).stdout for x in asked)
+        asked = (
+            ["rev-parse", "--short", "HEAD"],
+            ["status", "--porcelain", "--", ":(glob)*.py", "utils", "assets"],
+        )
+        head, changes = (
+            subprocess.run(["git", *x], cwd=ROOT, capture_output=True, text=True).stdout
+            for x in asked
+        )
     except OSError:
         return ""
     return head.strip() + ("+" if changes else "")
 
 
-# A run is forked from a process that has imported what every run needs, which would take it eight seconds.
+# A run is forked from a process that has imported what every run needs, which would take it eight
+# seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", "vrpo_math", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(
+    ["__main__", "vrpo_math", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"]
+)
 LEAVE = (signal.SIGTERM, signal.SIGHUP)
 
 
 def execute(command: list[str], log: Path, lock: reduction.DupFd) -> None:
-    """In a process of its own, on one thread: `python script.py flags`, with what it prints in `log`."""
+    """In a process of its own, on one thread: `python script.py flags`, with what it prints in
+    `log`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1), os.dup2(output, 2)
     os.setsid()  # Ctrl-C in the terminal is for run.py
@@ -187,8 +236,8 @@ def execute(command: list[str], log: Path, lock: reduction.DupFd) -> None:
 
 
 class Workers:
-    """Runs jobs as processes of one thread each, and can ask all that are running to save and stop. While one of them lives, no other
-    run.py can start here."""
+    """Runs jobs as processes of one thread each, and can ask all that are running to save and stop.
+    While one of them lives, no other run.py can start here."""
 
     def __init__(self):
         self.running: set[BaseProcess] = set()
@@ -227,7 +276,9 @@ class Workers:
         rows = read_rows(job)
         if not rows and not self.stopping:
             said = job.log.read_text().strip().splitlines() if job.log.exists() else []
-            raise RuntimeError(f"{said[-1] if said else 'nothing said'} (exit code {process.exitcode}, {job.log})")
+            raise RuntimeError(
+                f"{said[-1] if said else 'nothing said'} (exit code {process.exitcode}, {job.log})"
+            )
         return rows
 
     def stop(self) -> None:
@@ -243,13 +294,16 @@ def save(name: str, rows: list[dict]) -> None:
     frame = pd.concat([results(name), pd.DataFrame(rows)], ignore_index=True)
     order = {job.key: i for i, job in enumerate(jobs_of(name, tuple(sorted(set(frame["seed"])))))}
     rank = [order.get(key, len(order)) for key in frame[KEY].itertuples(index=False, name=None)]
-    frame = frame.assign(rank=rank).sort_values(["rank", "update"], kind="stable").drop(columns="rank")
+    frame = (
+        frame.assign(rank=rank).sort_values(["rank", "update"], kind="stable").drop(columns="rank")
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / f"{name}.csv", frame.to_csv(index=False, float_format="%.5g"))
 
 
 def reuse(jobs: list[Job]) -> list[Job]:
-    """Take over the rows of runs that were made, with the same flags, under another name; returns the jobs that are left."""
+    """Take over the rows of runs that were made, with the same flags, under another name; returns
+    the jobs that are left."""
     made: dict[str, pd.DataFrame] = {}
     for name in EXPERIMENTS:
         made |= dict(tuple(results(name).groupby("digest")))
@@ -274,7 +328,11 @@ def listing(names: tuple[str, ...], console: Console) -> None:
     """All experiments, or methods, arms and seeds of those named."""
     for name in names:
         e = EXPERIMENTS[name]
-        for title, words in (("methods", e.methods), ("arms", e.arms), ("seeds", map(str, e.seeds))):
+        for title, words in (
+            ("methods", e.methods),
+            ("arms", e.arms),
+            ("seeds", map(str, e.seeds)),
+        ):
             console.print(f"{name}, {title}: {'; '.join(words)}", highlight=False)
     if names:
         return
@@ -284,7 +342,9 @@ def listing(names: tuple[str, ...], console: Console) -> None:
         jobs = jobs_of(name)
         left = {job.digest for job in jobs} - digests
         done = sum(job.digest in digests for job in jobs)
-        table.add_row(name, e.about, str(len(jobs)), str(done), f"{len(left) * e.seconds / 2 / 3600:.1f}")
+        table.add_row(
+            name, e.about, str(len(jobs)), str(done), f"{len(left) * e.seconds / 2 / 3600:.1f}"
+        )
     console.print(table)
 
 
@@ -292,7 +352,9 @@ def keep(jobs: list[Job], folder: Path) -> None:
     """Copy args.json and metrics.csv of runs to `folder`."""
     for job in jobs:
         if not read_rows(job):
-            stop(f"--keep: the files of {job.name} are not in {RUNS} (only its rows are in the results)")
+            stop(
+                f"--keep: the files of {job.name} are not in {RUNS} (only its rows are in the results)"
+            )
         (folder / job.name).mkdir(parents=True, exist_ok=True)
         for file in ("args.json", "metrics.csv"):
             shutil.copy(job.folder / file, folder / job.name)
@@ -306,7 +368,8 @@ def chosen(name: str, args: "Args") -> list[Job]:
     return [
         job
         for job in jobs_of(name, args.seeds)
-        if (not args.methods or job.method in args.methods) and (not args.arms or job.arm in args.arms)
+        if (not args.methods or job.method in args.methods)
+        and (not args.arms or job.arm in args.arms)
     ]
 
 
@@ -333,7 +396,9 @@ class Args:
 def main(args: Args) -> None:
     console = Console(stderr=not args.list)
     if set(args.experiments) - set(EXPERIMENTS) or not (args.experiments or args.list):
-        stop(f"which experiment? Before other flags, give one of {', '.join(EXPERIMENTS)} (--list says more)")
+        stop(
+            f"which experiment? Before other flags, give one of {', '.join(EXPERIMENTS)} (--list says more)"
+        )
     if args.list:
         return listing(args.experiments, console)
     jobs = list(dict.fromkeys(job for name in args.experiments for job in chosen(name, args)))
@@ -366,8 +431,12 @@ def main(args: Args) -> None:
                     names = {"method": twin.method, "arm": twin.arm, "seed": twin.seed}
                     save(twin.experiment, [row | names for row in rows])
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
-                first, last = (row.get("eval/average", row.get("eval/accuracy")) for row in (rows[0], rows[-1]))
-                console.print(f"{job.experiment}: {job.method}, {job.arm}, seed {job.seed}: {first:.3f} to {last:.3f}")
+                first, last = (
+                    row.get("eval/average", row.get("eval/accuracy")) for row in (rows[0], rows[-1])
+                )
+                console.print(
+                    f"{job.experiment}: {job.method}, {job.arm}, seed {job.seed}: {first:.3f} to {last:.3f}"
+                )
         except KeyboardInterrupt:
             stop("stopped; the same command goes on from here")
         finally:  # whatever happened, nothing new starts, and what runs saves itself

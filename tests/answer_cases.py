@@ -1,7 +1,8 @@
-"""Answers as models give them, each with the verdict of a person: (group, completion, reference, right). Where there are options
-the reference is a letter and a fifth entry lists them. The verdicts say what is right, not what the checker does."""
+"""Answers as models give them, each with the verdict of a person: (group, completion, reference,
+right). Where there are options the reference is a letter and a fifth entry lists them. The verdicts
+say what is right, not what the checker does."""
 
-from utils.answers import choose, is_correct, same_words, short_answer
+from utils.world.answers import choose, is_correct, same_words, short_answer
 
 MATH = [
     # --- plain numbers ---

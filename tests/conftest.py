@@ -1,4 +1,5 @@
-"""Shared fixtures: a random tiny model with the embedded tokenizer, a small data set, and ways to run a script."""
+"""Shared fixtures: a random tiny model with the embedded tokenizer, a small data set, and ways to
+run a script."""
 
 import importlib
 import json
@@ -50,7 +51,11 @@ def tiny_data(tmp_path_factory) -> Path:
     """40 training and 8 test problems of the embedded data."""
     folder = tmp_path_factory.mktemp("data")
     for split, size in (("train", 40), ("test", 8)):
-        lines = (ROOT / "assets" / "data" / "tiny_math" / f"{split}.jsonl").read_text().splitlines()[:size]
+        lines = (
+            (ROOT / "assets" / "data" / "tiny_math" / f"{split}.jsonl")
+            .read_text()
+            .splitlines()[:size]
+        )
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -76,13 +81,15 @@ def dialogue_flags() -> dict:
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path, small_flags):
-    """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns the run's folder.
-    `plot=True` draws the curves too."""
+    """run_main(name, **flags): a script's main() in this process and in a temporary folder; returns
+    the run's folder. `plot=True` draws the curves too."""
 
     def run(name: str, plot: bool = False, **flags) -> Path:
         module = importlib.import_module(name)
         if not plot:
-            monkeypatch.setattr("utils.run.plot_runs", lambda folders, out: out)  # a second for each picture
+            monkeypatch.setattr(
+                "utils.run.plot_runs", lambda folders, out: out
+            )  # a second for each picture
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         flags = {**small_flags, "run_name": name, **flags}
@@ -90,7 +97,9 @@ def run_main(monkeypatch, tmp_path, small_flags):
         return tmp_path / "runs" / flags["run_name"]
 
     cleanups: list = []
-    monkeypatch.setattr("utils.run.atexit.register", lambda f, *a, **k: cleanups.append(partial(f, *a, **k)))
+    monkeypatch.setattr(
+        "utils.run.atexit.register", lambda f, *a, **k: cleanups.append(partial(f, *a, **k))
+    )
     yield run
     for cleanup in cleanups:
         cleanup()
@@ -128,7 +137,9 @@ def read_metrics(folder: Path) -> str:
 
     frame = pd.read_csv(folder / "metrics.csv", dtype=str)
     machine = [
-        c for c in frame.columns if c.startswith("time/") or c in ("charts/tokens_per_second", "charts/peak_memory_gb")
+        c
+        for c in frame.columns
+        if c.startswith("time/") or c in ("charts/tokens_per_second", "charts/peak_memory_gb")
     ]
     return frame.drop(columns=machine).to_csv(index=False)
 

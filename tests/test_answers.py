@@ -1,4 +1,5 @@
-"""Answer checking, against the verdicts of a person (tests/answer_cases.py), and that it never hangs."""
+"""Answer checking, against the verdicts of a person (tests/answer_cases.py), and that it never
+hangs."""
 
 import threading
 import time
@@ -6,8 +7,8 @@ import time
 import pytest
 
 from tests.answer_cases import CHOICE, MATH, WORDS, verdict
-from utils import answers
-from utils.answers import (
+from utils.world import answers
+from utils.world.answers import (
     after_thinking,
     boxed,
     choose,
@@ -19,7 +20,8 @@ from utils.answers import (
     verifier,
 )
 
-# Where the checker is known to differ from a person. A case that is put right must be taken out of here.
+# Where the checker is known to differ from a person. A case that is put right must be taken out of
+# here.
 FALSE_NEGATIVES = {
     "So she pays 42 dollars, which is 2 more than 40.", "The answer is twelve.", "The probability is 25 percent.",
     r"\boxed{x > 3}", "It must be (B), for (A) is what fish have.", "Whales breathe with lungs.", "It was Marie Curie.",
@@ -56,13 +58,17 @@ def test_extract_order():
 
 
 def test_thoughts_do_not_count():
-    assert after_thinking("<think>1</think>2") == "2" and after_thinking("a</think>b</think>c") == "c"
+    assert (
+        after_thinking("<think>1</think>2") == "2" and after_thinking("a</think>b</think>c") == "c"
+    )
     assert after_thinking("<think>1") == "" and after_thinking("1") == "1"
 
 
 def test_numbers():
     assert to_number("1,23") is None and to_number("x") is None and to_number(".5") * 2 == 1
-    assert to_number("2 1/2") * 2 == 5 and to_number("-1e-2") * 100 == -1 and to_number("3/0") is None
+    assert (
+        to_number("2 1/2") * 2 == 5 and to_number("-1e-2") * 100 == -1 and to_number("3/0") is None
+    )
 
 
 def test_letters_beyond_the_options_are_no_answer():

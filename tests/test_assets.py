@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils import make_tiny_dialogue, reward_model
-from utils import make_tiny_math as maker
-from utils.answers import is_correct
-from utils.dialogue import DialogueTask
-from utils.goals import UNSEEN
+from assets.make import tiny_dialogue as make_tiny_dialogue
+from assets.make import tiny_math as maker
 from utils.models import load_policy
+from utils.world import reward_model
+from utils.world.answers import is_correct
+from utils.world.dialogue import DialogueTask
+from utils.world.goals import UNSEEN
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "assets" / "data" / "tiny_math"
@@ -28,7 +29,9 @@ def test_data():
     train, test = rows("train"), rows("test")
     assert len(train) >= 2000 and len(test) >= 512
     assert not {r["question"] for r in train} & {r["question"] for r in test}
-    assert not {r["answer"] for r in train} & {r["answer"] for r in test}  # not even a solution is shared
+    assert not {r["answer"] for r in train} & {
+        r["answer"] for r in test
+    }  # not even a solution is shared
     steps = [r["answer"].count("\n") for r in train]
     assert set(steps) == {1, 2, 3, 4}
     for row in [*train, *test]:
@@ -60,7 +63,10 @@ def test_the_careless_student_never_sees_a_test_problem():
 
 def test_model_size_and_accuracy():
     folder = ROOT / "assets" / "tiny_math"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert 1e6 <= model.num_parameters() <= 3e6
     assert sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
     assert tokenizer.is_fast and tokenizer.chat_template
@@ -74,7 +80,13 @@ def test_the_maker_is_deterministic(tmp_path):
     for name in ("a", "b"):
         maker.main(
             maker.Args(
-                out=tmp_path / name, train_size=50, test_size=10, steps=3, batch_size=8, hidden_size=32, layers=1
+                out=tmp_path / name,
+                train_size=50,
+                test_size=10,
+                steps=3,
+                batch_size=8,
+                hidden_size=32,
+                layers=1,
             )
         )
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
@@ -98,10 +110,15 @@ def test_the_embedded_assistant_starts_at_a_middling_level(monkeypatch):
     policy, chat = load_policy("assets/tiny_dialogue", torch.device("cpu"))
     task = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
     problems = [p for p in task.test if p.answer.group != UNSEEN][:150]
-    turns = reward_model.sample_dialogues(policy, chat, task, problems, reward_model.Args(temperature=0.0))
+    turns = reward_model.sample_dialogues(
+        policy, chat, task, problems, reward_model.Args(temperature=0.0)
+    )
     assert 0.40 <= task.measure(list(zip(problems, turns, strict=True)))["tcr"] <= 0.60
     folder = ROOT / "assets" / "tiny_dialogue"
-    assert 1e6 <= policy.num_parameters() <= 3e6 and sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
+    assert (
+        1e6 <= policy.num_parameters() <= 3e6
+        and sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
+    )
 
 
 def test_the_readme_states_the_accuracy_of_the_embedded_reward_model():
@@ -109,7 +126,11 @@ def test_the_readme_states_the_accuracy_of_the_embedded_reward_model():
     accuracy = report["held_out"]["model_against_truth"]
     assert 0.65 <= accuracy <= 0.79
     assert f"**{accuracy:.0%}** of the pairs".replace("%", " %") in (ROOT / "README.md").read_text()
-    defaults = {k: str(v) if isinstance(v, Path) else v for k, v in vars(reward_model.Args()).items() if k != "device"}
+    defaults = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(reward_model.Args()).items()
+        if k != "device"
+    }
     assert {k: v for k, v in report["flags"].items() if k != "device"} == defaults, (
         "made with other flags than the defaults"
     )

@@ -1,4 +1,5 @@
-"""The offline study of critics: its fits are the scripts' own updates, its measures mean what they say."""
+"""The offline study of critics: its fits are the scripts' own updates, its measures mean what they
+say."""
 
 import math
 import sys
@@ -11,9 +12,9 @@ import torch
 from tests.conftest import ROOT, SCRIPTS
 from utils.keyed import seed_torch
 from utils.models import load_policy
-from utils.tasks import load_task
+from utils.world.tasks import load_task
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "benchmark" / "studies")]
 import critic_study as study  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -22,7 +23,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "grpo_baseline"])
 def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main, small_flags):
     """Two updates of the critic alone: the study's critic has the checkpoint's weights."""
-    flags = small_flags | {"critic_warmup": 2, "noise_rate": 0.5, "truncated": "grade", "max_new_tokens": 12}
+    flags = small_flags | {
+        "critic_warmup": 2,
+        "noise_rate": 0.5,
+        "truncated": "grade",
+        "max_new_tokens": 12,
+    }
     folder = run_main(name, **flags)
     saved = torch.load(folder / "checkpoints" / "000002" / "state.pt", weights_only=True)["critic"]
     module = sys.modules[name]
@@ -39,7 +45,9 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
         batch = module.pack(episodes, chat.pad_id, CPU)
         clean = [task.grade(e.problem, e.completions) for e in episodes]
         lengths = [sum(e.chosen) for e in episodes]
-        observed = torch.tensor(module.observe(args, clean, [p.key for p in problems], lengths, update))
+        observed = torch.tensor(
+            module.observe(args, clean, [p.key for p in problems], lengths, update)
+        )
         if update == 1:
             torch.nn.init.constant_(critic.head.bias, observed.mean().item())
         rewards = module.place_rewards(observed.unsqueeze(1), batch["mask"])
@@ -65,7 +73,9 @@ class Told:
 def measured(values, clean, observed, fresh, fitted):
     rows = torch.arange(len(clean)).unsqueeze(1).expand_as(values)
     batch = {"mask": torch.ones(values.shape, dtype=torch.bool), "rows": rows}
-    return study.measure(Told(values), None, None, batch, clean, observed, fresh, fitted, study.ppo.Args())
+    return study.measure(
+        Told(values), None, None, batch, clean, observed, fresh, fitted, study.ppo.Args()
+    )
 
 
 def test_measures():
@@ -76,11 +86,15 @@ def test_measures():
     fresh, fitted = torch.arange(200), torch.arange(200, 400)
     grid = torch.ones(1, 3)
     perfect = measured(clean.unsqueeze(1) * grid, clean, observed, fresh, fitted)
-    assert perfect["explained_variance"] == perfect["auc"] == 1 and perfect["r_squared"] == pytest.approx(1)
+    assert perfect["explained_variance"] == perfect["auc"] == 1 and perfect[
+        "r_squared"
+    ] == pytest.approx(1)
     assert perfect["rmse_flipped"] == perfect["rmse_unflipped"] == 0
     # the best that a critic fitted to noise can be: calibrated to what is observed, and so shrunk
     one, zero = observed[clean == 1].mean(), observed[clean == 0].mean()
-    best = measured(torch.where(clean == 1, one, zero).unsqueeze(1) * grid, clean, observed, fresh, fitted)
+    best = measured(
+        torch.where(clean == 1, one, zero).unsqueeze(1) * grid, clean, observed, fresh, fitted
+    )
     assert best["r_squared"] == pytest.approx(1) and best["auc"] == 1
     assert best["explained_variance"] == pytest.approx(1 - (1 - (one - zero).item()) ** 2, abs=1e-3)
     assert best["calibration_error"] < 1e-6 < perfect["calibration_error"]
@@ -100,7 +114,8 @@ def test_measures():
 
 
 def test_noise_fitted():
-    """Nothing of the errors is in a constant value, nor in one that knows the outcome, and a quarter in one that follows them by a quarter."""
+    """Nothing of the errors is in a constant value, nor in one that knows the outcome, and a
+    quarter in one that follows them by a quarter."""
     torch.manual_seed(0)
     clean = torch.randint(2, (400, 1)).float()
     observed = torch.where(torch.rand(400, 1) < 0.25, 1 - clean, clean)
@@ -109,7 +124,9 @@ def test_noise_fitted():
     bad = torch.full((400, 3), float("nan"))
 
     def fitted(values):
-        return study.noise_fitted(torch.where(mask, values.expand(400, 3), bad), observed, clean, mask)
+        return study.noise_fitted(
+            torch.where(mask, values.expand(400, 3), bad), observed, clean, mask
+        )
 
     assert fitted(observed - 0.4) == pytest.approx(1, abs=1e-5)
     assert fitted(clean - 0.4) == pytest.approx(0, abs=1e-5)
@@ -123,7 +140,9 @@ def test_every_critic_is_tuned_with_the_same_effort():
     assert len(set(jobs)) == len(jobs)
     counts = Counter(job.critic for job in jobs if job.part == "tuning")
     assert set(counts) == set(study.CRITICS) and len(set(counts.values())) == 1
-    assert not {job.seed for job in jobs if job.part == "tuning"} & {job.seed for job in jobs if job.part != "tuning"}
+    assert not {job.seed for job in jobs if job.part == "tuning"} & {
+        job.seed for job in jobs if job.part != "tuning"
+    }
     where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
     found = {
         (job.part, job.setting, job.critic, study.digest(job, *where)) for job in jobs
@@ -137,9 +156,19 @@ def test_report_is_made_from_the_rows_alone(tmp_path):
     where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
     numbers, rows = {key: 0.5 for key in study.MEASURES}, []
     for job in study.fits((1, 2)):
-        base = {key: getattr(job, key) for key in study.KEY[:-1]} | {"digest": study.digest(job, *where)}
+        base = {key: getattr(job, key) for key in study.KEY[:-1]} | {
+            "digest": study.digest(job, *where)
+        }
         for n in {512, job.rollouts}:
-            rows.append({**base, "rollouts": n, "passes": 1, **numbers, "explained_variance": 0.1 * job.seed})
+            rows.append(
+                {
+                    **base,
+                    "rollouts": n,
+                    "passes": 1,
+                    **numbers,
+                    "explained_variance": 0.1 * job.seed,
+                }
+            )
     out = tmp_path / "some.csv"
     pd.DataFrame(rows).to_csv(out, index=False)
     study.main(study.Args(out=out, seeds=(1, 2), report=True))
@@ -150,5 +179,7 @@ def test_report_is_made_from_the_rows_alone(tmp_path):
     pd.DataFrame(rows).assign(digest="other").to_csv(out, index=False)
     with pytest.raises(SystemExit, match="no rows of the present flags"):
         study.main(study.Args(out=out, seeds=(1, 2), report=True))
-    pd.DataFrame(rows).query("part == 'vrpo' or (critic == 'VRPO' and noise == 0.1)").to_csv(out, index=False)
+    pd.DataFrame(rows).query("part == 'vrpo' or (critic == 'VRPO' and noise == 0.1)").to_csv(
+        out, index=False
+    )
     study.main(study.Args(out=out, seeds=(1, 2), report=True))

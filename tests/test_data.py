@@ -1,4 +1,5 @@
-"""Every data set of the README's table, read from a made-up file with its columns; options, their shuffling, what is refused."""
+"""Every data set of the README's table, read from a made-up file with its columns; options, their
+shuffling, what is refused."""
 
 import json
 import re
@@ -8,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from tests.conftest import ROOT
-from utils.answers import LETTERS
-from utils.data import DATASETS, find_columns, lay_out, load_split, position, read
+from utils.world.answers import LETTERS
+from utils.world.data import DATASETS, find_columns, lay_out, load_split, position, read
 
 CHOICES = {"text": ["gills", "lungs", "skin"], "label": ["1", "2", "3"]}
 USER = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -48,25 +49,40 @@ FLAGS = SimpleNamespace(question_column=None, answer_column=None, choices_column
 
 def table() -> dict[str, list[str]]:
     """The README's rows by id: their cells."""
-    rows = re.findall(r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.M)
-    return {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in rows if name in DATASETS}
+    rows = re.findall(
+        r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.M
+    )
+    return {
+        name: [cell.strip() for cell in cells.split(" | ")]
+        for name, cells in rows
+        if name in DATASETS
+    }
 
 
 def test_the_table_of_the_readme_is_the_one_in_the_code():
     assert table().keys() == DATASETS.keys() == ROWS.keys()
     for name, (config, train, test, columns, gated, command) in table().items():
         source = DATASETS[name]
-        assert (config.strip("`") or None, train or None, test or None) == (source.config, source.train, source.test), (
-            name
-        )
-        assert columns.split(", ") == [f"`{c}`" for c in (source.question, source.answer, *source.choices)], name
-        assert (gated == "yes") == source.gated and name in command and f"--task {source.task}" in command, name
+        assert (config.strip("`") or None, train or None, test or None) == (
+            source.config,
+            source.train,
+            source.test,
+        ), name
+        assert columns.split(", ") == [
+            f"`{c}`" for c in (source.question, source.answer, *source.choices)
+        ], name
+        assert (
+            (gated == "yes") == source.gated
+            and name in command
+            and f"--task {source.task}" in command
+        ), name
 
 
 @pytest.mark.parametrize("name", DATASETS)
 @pytest.mark.parametrize("by_name", [True, False])
 def test_every_data_set_of_the_table(tmp_path, monkeypatch, name, by_name):
-    """By its name, as from the hub, and from a folder in which nothing but the columns tells what it is."""
+    """By its name, as from the hub, and from a folder in which nothing but the columns tells what
+    it is."""
     source, part = DATASETS[name], "train" if DATASETS[name].train else "test"
     asked = []
 
@@ -74,12 +90,19 @@ def test_every_data_set_of_the_table(tmp_path, monkeypatch, name, by_name):
         asked.append((given, config, split))
         return Dataset.from_list([ROWS[name]])
 
-    monkeypatch.setattr("utils.data.load_dataset", hub if by_name else __import__("datasets").load_dataset)
+    monkeypatch.setattr(
+        "utils.world.data.load_dataset", hub if by_name else __import__("datasets").load_dataset
+    )
     (tmp_path / f"{part}.jsonl").write_text(json.dumps(ROWS[name]) + "\n")
-    (question,) = load_split(FLAGS, name if by_name else str(tmp_path), None, None, part, unlabelled=False)
+    (question,) = load_split(
+        FLAGS, name if by_name else str(tmp_path), None, None, part, unlabelled=False
+    )
     assert asked == ([(name, source.config, getattr(source, part))] if by_name else [])
     if source.task == "math":
-        assert (question.text, question.options) == ("What is 2 + 3?", ()) and question.answer.rsplit("#### ")[-1] in (
+        assert (question.text, question.options) == (
+            "What is 2 + 3?",
+            (),
+        ) and question.answer.rsplit("#### ")[-1] in (
             "5",
             "5.0",
         )
@@ -101,13 +124,20 @@ def test_a_data_set_without_a_split_for_this_side():
 
 def rows_of(*rows: dict, seed: int = 1, **flags) -> list:
     data = Dataset.from_list(list(rows))
-    return list(read(data, find_columns(data, None, SimpleNamespace(**vars(FLAGS) | flags), False), seed))
+    return list(
+        read(data, find_columns(data, None, SimpleNamespace(**vars(FLAGS) | flags), False), seed)
+    )
 
 
 def test_options_are_shuffled_by_seed_and_question():
-    """Each position holds the right option about as often, the same question is asked alike, and another seed asks it otherwise."""
+    """Each position holds the right option about as often, the same question is asked alike, and
+    another seed asks it otherwise."""
     many = [
-        {"question": f"{i}?", "choices": {"text": ["w", "x", "y", "right"], "label": list("ABCD")}, "answerKey": "D"}
+        {
+            "question": f"{i}?",
+            "choices": {"text": ["w", "x", "y", "right"], "label": list("ABCD")},
+            "answerKey": "D",
+        }
         for i in range(400)
     ]
     questions = rows_of(*many)
@@ -122,7 +152,9 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
     row = {"q": "Which?", "c": ["a b", "c d", "e f"], "k": 2}
     (question,) = rows_of(row, question_column="q", answer_column="k", choices_column="c")
     assert question.options["ABC".index(question.answer)] == "e f"
-    assert [position(answer, ["x", "y"], ["1", "2"]) for answer in ("2", "y", " y ", 1, "B", "z", 5)] == [
+    assert [
+        position(answer, ["x", "y"], ["1", "2"]) for answer in ("2", "y", " y ", 1, "B", "z", 5)
+    ] == [
         1,
         1,
         1,
@@ -132,7 +164,8 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
         None,
     ]
     with pytest.raises(
-        SystemExit, match="--choices-column: there is no column 'nope'; the data set has the columns q, c, k"
+        SystemExit,
+        match="--choices-column: there is no column 'nope'; the data set has the columns q, c, k",
     ):
         rows_of(row, question_column="q", answer_column="k", choices_column="nope")
 
@@ -149,7 +182,9 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
 )
 def test_options_in_usual_shapes(choices, answer):
     (question,) = rows_of({"question": "Which?", "choices": choices, "answer": answer})
-    assert question.options[LETTERS.index(question.answer)] == "b" and "None" not in question.options
+    assert (
+        question.options[LETTERS.index(question.answer)] == "b" and "None" not in question.options
+    )
 
 
 def test_missing_values():
@@ -170,7 +205,9 @@ def test_shapes_that_cannot_be_read_are_refused():
 
 
 def test_layout():
-    assert lay_out("Which?", ("x", "y")) == "Which?\nA) x\nB) y" and lay_out("Which?", ()) == "Which?"
+    assert (
+        lay_out("Which?", ("x", "y")) == "Which?\nA) x\nB) y" and lay_out("Which?", ()) == "Which?"
+    )
 
 
 def test_the_embedded_science_data():

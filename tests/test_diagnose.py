@@ -1,4 +1,5 @@
-"""Each known failure is named when its numbers show, with the numbers, and a sound run is left in peace."""
+"""Each known failure is named when its numbers show, with the numbers, and a sound run is left in
+peace."""
 
 import csv
 import importlib
@@ -8,7 +9,7 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from utils import diagnose
+from utils.report import diagnose
 
 UPDATES = 30
 
@@ -46,7 +47,8 @@ FLAGS = {
 
 @pytest.fixture
 def findings(tmp_path):
-    """findings(flags=..., metric=values, ...): what is found in a run that is good but for these."""
+    """findings(flags=..., metric=values, ...): what is found in a run that is good but for
+    these."""
 
     def found(flags: dict | None = None, **changed: list[float]) -> list[diagnose.Finding]:
         series = GOOD | {key.replace("__", "/"): values for key, values in changed.items()}
@@ -57,7 +59,9 @@ def findings(tmp_path):
             writer = csv.DictWriter(file, ["update", "charts/episodes", "eval/accuracy", *series])
             writer.writeheader()
             for i in range(count):
-                row = {"update": i + 1, "charts/episodes": 128 * (i + 1)} | {key: x[i] for key, x in series.items()}
+                row = {"update": i + 1, "charts/episodes": 128 * (i + 1)} | {
+                    key: x[i] for key, x in series.items()
+                }
                 if (i + 1) % 10 == 0 and evals:
                     row["eval/accuracy"] = evals[(i + 1) // 10 - 1]
                 writer.writerow(row)
@@ -89,7 +93,11 @@ def test_a_sound_run_is_left_in_peace(findings, tmp_path):
 ])  # fmt: skip
 def test_each_failure_alone(findings, name, since, flags, changed):
     (finding,) = findings(flags, **changed)
-    assert finding.name == name and "--" in finding.advice and any(c.isdigit() for c in finding.evidence)
+    assert (
+        finding.name == name
+        and "--" in finding.advice
+        and any(c.isdigit() for c in finding.evidence)
+    )
     assert finding.since == since if since else 1 < finding.since <= UPDATES
     assert f"{name} (from update {finding.since})" in str(finding)
 
@@ -97,7 +105,9 @@ def test_each_failure_alone(findings, name, since, flags, changed):
 def test_since_is_where_the_trouble_begins(findings):
     lengths = [20.0] * 15 + [40.0] * 15
     (finding,) = findings(charts__response_length=lengths, reward__clean=line(0.5, 0.5))
-    assert finding.since == 17  # where a running mean of five has crossed: (20 + 20 + 20 + 40 + 40) / 5 = 28 > 25
+    assert (
+        finding.since == 17
+    )  # where a running mean of five has crossed: (20 + 20 + 20 + 40 + 40) / 5 = 28 > 25
     (finding,) = findings(
         critic__explained_variance=[0.1] * 5 + [-0.2] * 24 + [0.3]
     )  # the last stretch, though it is over
@@ -111,7 +121,8 @@ def test_one_bad_update_is_none_of_five(findings):
 
 
 def test_the_price_of_the_code_is_what_is_paid(findings):
-    """Late in the run beta L_KL is 1 * 0.27 * 2.7 under a slow warm-up, below the value loss of 0.75."""
+    """Late in the run beta L_KL is 1 * 0.27 * 2.7 under a slow warm-up, below the value loss of
+    0.75."""
     assert findings({"beta": 1.0, "beta_warmup": 100}) == []
 
 
@@ -133,29 +144,47 @@ def test_advice_knows_the_present_flags(findings):
 
 
 def test_what_is_not_there_is_not_judged(findings):
-    """A short run, a run without critic, a run whose true rewards are unknown, a reward model between prompts."""
-    short = {key.replace("/", "__"): values[:4] for key, values in GOOD.items() if key != "eval/accuracy"}
+    """A short run, a run without critic, a run whose true rewards are unknown, a reward model
+    between prompts."""
+    short = {
+        key.replace("/", "__"): values[:4] for key, values in GOOD.items() if key != "eval/accuracy"
+    }
     assert findings(**short | {"reward__youden_j": [0.0] * 4}, eval__accuracy=[]) == []
     blank = [""] * UPDATES
-    changed = {"reward__clean": blank, "reward__youden_j": blank, "objective__advantage_noise": blank}
+    changed = {
+        "reward__clean": blank,
+        "reward__youden_j": blank,
+        "objective__advantage_noise": blank,
+    }
     assert findings(charts__response_length=line(20, 60), **changed) == []
     assert findings({"reward_model": "assets/tiny_reward"}, reward__youden_j=line(-0.2, -0.2)) == []
-    assert findings({"bottleneck_layers": 0}, vrpo__ib_kl=line(0, 0), vrpo__latent_std=line(1, 1)) == []
+    assert (
+        findings({"bottleneck_layers": 0}, vrpo__ib_kl=line(0, 0), vrpo__latent_std=line(1, 1))
+        == []
+    )
 
 
 def test_the_committed_runs_at_the_defaults_are_sound():
-    """benchmark/run.py long_runs --keep benchmark/results/long_runs: 20 % of the rewards flipped, five methods, five seeds."""
+    """benchmark/run.py long_runs --keep benchmark/results/long_runs: 20 % of the rewards flipped,
+    five methods, five seeds."""
     runs = sorted((ROOT / "benchmark" / "results" / "long_runs").iterdir())
     assert len(runs) == 25 and not any(diagnose.diagnose(run) for run in runs)
 
 
-# benchmark/run.py failures --keep tests/recorded: what is wrong in each run, and the flags that the advice must name
+# benchmark/run.py failures --keep tests/recorded: what is wrong in each run, and the flags that the
+# advice must name
 RECORDED = {
     "sound-ppo": {},
     "sound-vrpo": {},
-    "beta-10": {"the critic knows nothing": "--beta", "the bottleneck has collapsed to the prior": "--beta"},
+    "beta-10": {
+        "the critic knows nothing": "--beta",
+        "the bottleneck has collapsed to the prior": "--beta",
+    },
     "token-ratio-0.01": {"the semantic losses act on hardly any token": "--token-ratio 0.8"},
-    "noise-0.45": {"the reward is nearly useless": "--noise-rate", "the advantages are mostly noise": "--noise-rate"},
+    "noise-0.45": {
+        "the reward is nearly useless": "--noise-rate",
+        "the advantages are mostly noise": "--noise-rate",
+    },
     "length-biased-reward": {
         "answers grow without getting better": "a lower --noise-rate",
         "performance fell after a peak": "",
@@ -181,7 +210,10 @@ RECORDED = {
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_runs(name):
     """Eight that were made to fail, and two sound ones, as they are: no made-up numbers."""
-    findings = {finding.name: finding for finding in diagnose.diagnose(ROOT / "tests" / "recorded" / f"{name}-once-1")}
+    findings = {
+        finding.name: finding
+        for finding in diagnose.diagnose(ROOT / "tests" / "recorded" / f"{name}-once-1")
+    }
     assert set(findings) == set(RECORDED[name])
     assert all(words in findings[found].advice for found, words in RECORDED[name].items())
     if name == "policy-steps-too-large":  # the cause stands before what came of it
@@ -197,7 +229,9 @@ def test_advice_names_flags_of_the_script_that_would_change_something(folder):
             words = re.findall(r"(fewer )?--([a-z-]+)(?: ([0-9.]+))?", finding.advice)
             assert words
             for fewer, name, value in words:
-                present = vars(importlib.import_module(flags["script"]).Args())[name.replace("-", "_")]
+                present = vars(importlib.import_module(flags["script"]).Args())[
+                    name.replace("-", "_")
+                ]
                 present = flags.get(name.replace("-", "_"), present)
                 assert not value or float(value) != present, (run.name, finding)
                 assert not fewer or present > 1, (run.name, finding)
@@ -206,4 +240,6 @@ def test_advice_names_flags_of_the_script_that_would_change_something(folder):
 
 
 def test_every_recorded_run_is_tested():
-    assert {f"{name}-once-1" for name in RECORDED} == {f.name for f in (ROOT / "tests" / "recorded").iterdir()}
+    assert {f"{name}-once-1" for name in RECORDED} == {
+        f.name for f in (ROOT / "tests" / "recorded").iterdir()
+    }

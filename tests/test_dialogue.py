@@ -1,4 +1,5 @@
-"""The dialogue environment: call grammar, simulated user, outcome on hand-written dialogues, goals, Schema-Guided Dialogue."""
+"""The dialogue environment: call grammar, simulated user, outcome on hand-written dialogues, goals,
+Schema-Guided Dialogue."""
 
 import json
 import random
@@ -12,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets.make.tiny_dialogue import clerk, talk, training_goals
 from tests.conftest import ROOT
-from utils.dialogue import (
+from utils.models import load_policy
+from utils.world.dialogue import (
     PATIENCE,
     DialogueTask,
     MalformedCall,
@@ -25,14 +28,25 @@ from utils.dialogue import (
     says,
     tells,
 )
-from utils.goals import DOMAINS, UNSEEN, Goal, Intent, Subgoal, domain, draw_goal, load_goals, load_schema, side
-from utils.make_tiny_dialogue import clerk, talk, training_goals
-from utils.models import load_policy
-from utils.tasks import load_task
+from utils.world.goals import (
+    DOMAINS,
+    UNSEEN,
+    Goal,
+    Intent,
+    Subgoal,
+    domain,
+    draw_goal,
+    load_goals,
+    load_schema,
+    side,
+)
+from utils.world.tasks import load_task
 
 SCHEMA = ROOT / "assets" / "data" / "tiny_dialogue"
 FIND = Intent("FindTable", "Food_1", "find a table", False, ("city",), (), ("price",))
-BOOK = Intent("BookTable", "Food_1", "book a table", True, ("city", "time", "people"), ("seating",), ("code",))
+BOOK = Intent(
+    "BookTable", "Food_1", "book a table", True, ("city", "time", "people"), ("seating",), ("code",)
+)
 CALLS = {"FindTable": FIND, "BookTable": BOOK}
 VALUES = {"city": ("Rome", "Oslo"), "seating": ("indoor", "outdoor")}
 WANTED = {"city": ("Rome",), "time": ("7 pm", "19:00"), "people": ("4",)}
@@ -112,7 +126,9 @@ def test_questions_are_understood(text, asked):
 
 def test_names_of_several_words_and_values_as_whole_words():
     assert asked_slots("What is the party size?", ("party_size",)) == ["party_size"]
-    assert asked_slots("What is the name of the restaurant?", ("restaurant_name",)) == ["restaurant_name"]
+    assert asked_slots("What is the name of the restaurant?", ("restaurant_name",)) == [
+        "restaurant_name"
+    ]
     assert says("It is 40.", "40") and not says("It is 405.", "40") and says("ROME", "rome")
 
 
@@ -155,40 +171,68 @@ def test_a_search_with_a_wrong_value_is_corrected_and_may_be_repeated():
 def test_the_wrong_intent():
     g = goal(Subgoal(FIND, {"city": ("Rome",)}))
     assert rates(g, "call(BookTable; city=Rome; time=7 pm; people=4)") == (0.0, 0.0, 0.0)
-    assert rates(goal(), "call(FindTable; city=Rome)", "What time, city and how many people?") == (0.0, 0.0, 0.0)
+    assert rates(goal(), "call(FindTable; city=Rome)", "What time, city and how many people?") == (
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_two_subgoals_are_halves_of_a_task_rate_and_both_needed_for_the_goal():
     g = goal(Subgoal(FIND, {"city": ("Rome",)}), Subgoal(BOOK, WANTED))
     turns = ["Where?", "call(FindTable; city=Rome)"]
     assert rates(g, *turns) == (0.5, 0.25, 0.0)
-    turns += ["Which city, time and how many people?", "call(BookTable; city=Rome; time=7 pm; people=4)"]
+    turns += [
+        "Which city, time and how many people?",
+        "call(BookTable; city=Rome; time=7 pm; people=4)",
+    ]
     assert rates(g, *turns) == (1.0, 1.0, 1.0)
     assert outcome(g, turns, 1).turns == 4
 
 
 def test_a_lost_first_subgoal_leaves_the_second():
-    g = goal(Subgoal(BOOK, WANTED, results={"code": "K7"}, requests=("code",)), Subgoal(FIND, {"city": ("Rome",)}))
-    turns = ["call(BookTable; city=Rome; time=7 pm; people=5)", "Which city?", "call(FindTable; city=Rome)"]
+    g = goal(
+        Subgoal(BOOK, WANTED, results={"code": "K7"}, requests=("code",)),
+        Subgoal(FIND, {"city": ("Rome",)}),
+    )
+    turns = [
+        "call(BookTable; city=Rome; time=7 pm; people=5)",
+        "Which city?",
+        "call(FindTable; city=Rome)",
+    ]
     user, said = play(g, turns, 1)
     assert "find a table" in said[1] and user.ended == "failed"
     assert rates(g, *turns) == (0.5, 0.25, 0.0)
 
 
 def test_optional_slots_that_were_told_belong_into_the_call():
-    g = goal(Subgoal(FIND, {"city": ("Rome",)}), Subgoal(BOOK, WANTED | {"seating": ("indoor",)}, ("seating",)))
+    g = goal(
+        Subgoal(FIND, {"city": ("Rome",)}),
+        Subgoal(BOOK, WANTED | {"seating": ("indoor",)}, ("seating",)),
+    )
     _, said = play(g, ["call(FindTable; city=Rome)"], 1)
     assert says(said[1], "indoor")
     base = "call(BookTable; city=Rome; time=7 pm; people=4"
-    for call, complete in ((base + "; seating=indoor)", 1.0), (base + ")", 0.5), (base + "; seating=outdoor)", 0.5)):
+    for call, complete in (
+        (base + "; seating=indoor)", 1.0),
+        (base + ")", 0.5),
+        (base + "; seating=outdoor)", 0.5),
+    ):
         assert rates(g, "call(FindTable; city=Rome)", call)[0] == complete
 
 
 def test_a_change_of_mind():
     g = goal(Subgoal(BOOK, WANTED, change=("city", "Oslo")))
     user, said = play(g, ["Which city?", "What time?"], 1)
-    assert says(said[1], "Oslo") and says(said[2], "Rome") and says(said[2], "7 pm") and user.useless == 0
-    calls = {city: f"call(BookTable; city={city}; time=7 pm; people=4)" for city in ("Oslo", "Rome")}
+    assert (
+        says(said[1], "Oslo")
+        and says(said[2], "Rome")
+        and says(said[2], "7 pm")
+        and user.useless == 0
+    )
+    calls = {
+        city: f"call(BookTable; city={city}; time=7 pm; people=4)" for city in ("Oslo", "Rome")
+    }
     assert rates(g, "Which city?", "What time?", "How many people?", calls["Rome"])[0] == 1.0
     assert rates(g, "Which city?", "What time?", "How many people?", calls["Oslo"])[0] == 0.0
     assert rates(g, "Which city?", calls["Oslo"])[0] == 1.0, "not taken back yet"
@@ -237,27 +281,50 @@ def test_results_are_told_in_natural_words(text, value, told):
 
 def test_several_results_may_be_told_at_once_and_calls_meanwhile_change_nothing():
     g = goal(
-        Subgoal(FIND, {"city": ("Rome",)}, results={"price": "cheap", "name": "Lotus"}, requests=("price", "name"))
+        Subgoal(
+            FIND,
+            {"city": ("Rome",)},
+            results={"price": "cheap", "name": "Lotus"},
+            requests=("price", "name"),
+        )
     )
     assert rates(g, "call(FindTable; city=Rome)", "Lotus is cheap.") == (1.0, 0.0, 1.0)
     user, said = play(
-        g, ["call(FindTable; city=Rome)", "call(BookTable; city=Oslo; time=1; people=2)", "It is Lotus."], 1
+        g,
+        [
+            "call(FindTable; city=Rome)",
+            "call(BookTable; city=Oslo; time=1; people=2)",
+            "It is Lotus.",
+        ],
+        1,
     )
-    assert said[2].startswith("result: nothing found") and user.waiting == ["price"] and user.useless == 1
+    assert (
+        said[2].startswith("result: nothing found")
+        and user.waiting == ["price"]
+        and user.useless == 1
+    )
 
 
 def test_impatience():
     user, said = play(goal(), ["Nice."] * 10, 1)
     assert user.ended == "impatient" and user.turn == PATIENCE + 1 and len(said) == PATIENCE + 2
     assert outcome(goal(), ["Nice."] * 10, 1).impatient
-    assert rates(goal(), *["Nice."] * 10, "call(BookTable; city=Rome; time=7 pm; people=4)")[0] == 0.0, "nobody listens"
+    assert (
+        rates(goal(), *["Nice."] * 10, "call(BookTable; city=Rome; time=7 pm; people=4)")[0] == 0.0
+    ), "nobody listens"
 
 
 def test_own_words_are_used_where_they_fit():
-    words = {"open BookTable": "Table!", "inform BookTable city": "It has to be Rome.", "thanks": "Ciao."}
+    words = {
+        "open BookTable": "Table!",
+        "inform BookTable city": "It has to be Rome.",
+        "thanks": "Ciao.",
+    }
     words["inform BookTable time"] = "At 9 pm."  # not the value of the goal
     g = replace(goal(), words=words)
-    _, said = play(g, ["Which city?", "What time?", "call(BookTable; city=Rome; time=7 pm; people=4)"], 1)
+    _, said = play(
+        g, ["Which city?", "What time?", "call(BookTable; city=Rome; time=7 pm; people=4)"], 1
+    )
     assert said[0] == "Table!" and said[1] == "It has to be Rome." and says(said[2], "7 pm")
     assert said[3].endswith("Ciao.")
 
@@ -328,12 +395,18 @@ def test_embedded_goals_are_held_out_and_cover_the_domains():
     assert not combinations(GOALS["train"]) & combinations(GOALS["test"])
     assert {g.group for g in GOALS["train"]} == set(DOMAINS)
     groups = [g.group for g in GOALS["test"]]
-    assert set(groups) == {*DOMAINS, UNSEEN} and len(set(groups[:6])) == 6, "any first part has all groups"
+    assert set(groups) == {*DOMAINS, UNSEEN} and len(set(groups[:6])) == 6, (
+        "any first part has all groups"
+    )
     unseen = {s.intent.service for g in GOALS["test"] if g.group == UNSEEN for s in g.subgoals}
     assert unseen == {"Hotels_1", "Trains_1", "Services_4"}
     assert not unseen & {s.intent.service for g in GOALS["train"] for s in g.subgoals}
-    assert len({g.key for g in GOALS["train"] + GOALS["test"]}) == len(GOALS["train"]) + len(GOALS["test"])
-    assert all(side(g) == "train" for g in training_goals(100, 3)), "nor does the warm start see the test combinations"
+    assert len({g.key for g in GOALS["train"] + GOALS["test"]}) == len(GOALS["train"]) + len(
+        GOALS["test"]
+    )
+    assert all(side(g) == "train" for g in training_goals(100, 3)), (
+        "nor does the warm start see the test combinations"
+    )
     assert {domain(n) for n in ("Banks_2", "Services_1", "Services_3", "Flights_4", "Nothing_1")} == {
         "finance", "life", "health", "transport", "other",
     }  # fmt: skip
@@ -349,7 +422,9 @@ def test_measure_leaves_unseen_services_out_of_the_average():
     task = DialogueTask.load(SCHEMA, "train", "test", 1)
     pairs = [(p, []) for p in task.test[:12]]
     found = task.measure(pairs)
-    assert found["turns"] == found["tcr"] == found["gcr"] == 0 < found["acr"], "what is volunteered is obtained"
+    assert found["turns"] == found["tcr"] == found["gcr"] == 0 < found["acr"], (
+        "what is volunteered is obtained"
+    )
     assert {"tcr_unseen", "acr_life", "gcr_finance"} <= set(found)
     perfect = [p for p in task.test[:12] if p.answer.group == UNSEEN][0]
     user, turns = User(perfect.answer, 1), []
@@ -366,13 +441,22 @@ def test_measure_leaves_unseen_services_out_of_the_average():
 
 def frame(service, *actions, state=None, **more):
     acts = [
-        {"act": act, "slot": slot, "values": list(values), "canonical_values": []} for act, slot, *values in actions
+        {"act": act, "slot": slot, "values": list(values), "canonical_values": []}
+        for act, slot, *values in actions
     ]
-    return {"service": service, "actions": acts, "slots": [], **({"state": state} if state else {}), **more}
+    return {
+        "service": service,
+        "actions": acts,
+        "slots": [],
+        **({"state": state} if state else {}),
+        **more,
+    }
 
 
 def state(intent, requested=(), **slots):
-    slots = {slot: values if isinstance(values, list) else [values] for slot, values in slots.items()}
+    slots = {
+        slot: values if isinstance(values, list) else [values] for slot, values in slots.items()
+    }
     return {"active_intent": intent, "requested_slots": list(requested), "slot_values": slots}
 
 
@@ -429,14 +513,22 @@ def write_corpus(folder: Path, dialogues: list, services=SERVICES) -> Path:
 def test_goals_of_annotated_dialogues(tmp_path):
     write_corpus(tmp_path / "train", [DIALOGUE])
     other = json.loads(json.dumps(SERVICES + SERVICES).replace("Restaurants_1", "Hotels_9", 1))
-    write_corpus(tmp_path / "dev", [json.loads(json.dumps(DIALOGUE).replace("Restaurants_1", "Hotels_9"))], other)
+    write_corpus(
+        tmp_path / "dev",
+        [json.loads(json.dumps(DIALOGUE).replace("Restaurants_1", "Hotels_9"))],
+        other,
+    )
     goals = load_goals(tmp_path, "train", "dev")
     assert [g.group for g in goals["train"] + goals["test"]] == ["life", UNSEEN]
     g = goals["train"][0]
     find, book = g.subgoals
-    assert find.values == {"cuisine": ("Thai",), "city": ("Milan", "Milano")} and find.requests == ("price",)
+    assert find.values == {"cuisine": ("Thai",), "city": ("Milan", "Milano")} and find.requests == (
+        "price",
+    )
     assert find.change == ("city", "Rome") and set(find.volunteered) == {"city", "cuisine"}
-    assert find.results["price"] == "cheap" and "city" not in find.results and len(find.results) == 3
+    assert (
+        find.results["price"] == "cheap" and "city" not in find.results and len(find.results) == 3
+    )
     assert book.values == {"name": ("Lotus",), "time": ("7 pm",)} and book.volunteered == ("name",)
     assert list(g.calls) == ["Find", "Book"]
     turns = ["call(Find; cuisine=Thai; city=Rome)", "It is cheap.", "Is the name Lotus?", "What time?",
@@ -448,11 +540,11 @@ def test_goals_of_annotated_dialogues(tmp_path):
 
 
 def test_the_check_of_a_corpus_counts_what_can_be_completed_and_heard(tmp_path, capsys):
-    from benchmark import check_sgd
+    from benchmark.checks import sgd
 
     for split in ("train", "dev"):
         write_corpus(tmp_path / split, [DIALOGUE])
-    check_sgd.main(check_sgd.Args(schema=tmp_path))
+    sgd.main(sgd.Args(schema=tmp_path))
     text = capsys.readouterr().out
     assert text.count("1 of 1 goals") == 2 and "heard: 2 of 2 requested" in text
 
@@ -471,8 +563,14 @@ def test_one_folder_for_both_splits_is_divided_by_value_combinations(tmp_path):
     [
         (lambda f: (f / "train" / "schema.json").unlink(), "there is no .*schema.json"),
         (lambda f: (f / "train" / "schema.json").write_text("{"), "not readable as JSON"),
-        (lambda f: (f / "train" / "schema.json").write_text('[{"service_name": "A"}]'), "missing 'intents'"),
-        (lambda f: (f / "train" / "dialogues_001.json").write_text('[{"dialogue_id": "1"}]'), "not in the format"),
+        (
+            lambda f: (f / "train" / "schema.json").write_text('[{"service_name": "A"}]'),
+            "missing 'intents'",
+        ),
+        (
+            lambda f: (f / "train" / "dialogues_001.json").write_text('[{"dialogue_id": "1"}]'),
+            "not in the format",
+        ),
         (lambda f: (f / "train" / "dialogues_001.json").write_text("[]"), "no goal"),
         (lambda f: (f / "train" / "dialogues_001.json").unlink(), "has no possible values"),
         (lambda f: (f / "train" / "dialogues_001.json").write_text("null"), "not in the format"),
@@ -495,22 +593,39 @@ def test_a_schema_from_which_nothing_can_be_drawn(tmp_path, services):
 
 def test_a_schema_with_too_few_values_is_refused_and_intents_may_need_nothing(tmp_path):
     service = json.loads(json.dumps(SERVICES[0]))
-    service["slots"] = [{"name": "a", "description": "", "is_categorical": True, "possible_values": ["x", "y"]}]
+    service["slots"] = [
+        {"name": "a", "description": "", "is_categorical": True, "possible_values": ["x", "y"]}
+    ]
     service["intents"] = [{**service["intents"][0], "required_slots": ["a"], "result_slots": []}]
     (tmp_path / "schema.json").write_text(json.dumps([service]))
     with pytest.raises(SystemExit, match="too few different goals"):
         load_goals(tmp_path, "train", "test")
     service["intents"][0] |= {"required_slots": [], "optional_slots": {"a": "x"}}
-    draw_goal(load_schema(write_corpus(tmp_path / "s", [], [service]))["Restaurants_1"], "life", "k", random.Random(1))
+    draw_goal(
+        load_schema(write_corpus(tmp_path / "s", [], [service]))["Restaurants_1"],
+        "life",
+        "k",
+        random.Random(1),
+    )
 
 
 def test_values_known_from_earlier_and_indifference(tmp_path):
-    """The name of the restaurant was returned by the search: the booking may use it unasked. `dontcare` takes any value."""
+    """The name of the restaurant was returned by the search: the booking may use it unasked.
+    `dontcare` takes any value."""
     dialogue = json.loads(json.dumps(DIALOGUE).replace("Lotus", "dontcare"))
     goals = load_goals(write_corpus(tmp_path / "a", [DIALOGUE]).parent, "a", "a")["train"]
     find, book = goals[0].subgoals
-    assert find.results["price"] == "cheap" and "name" in find.results and book.volunteered == ("name",)
-    turns = ["call(Find; cuisine=Thai; city=Rome)", "It is cheap.", "What time?", "call(Book; name=Lotus; time=7 pm)"]
+    assert (
+        find.results["price"] == "cheap"
+        and "name" in find.results
+        and book.volunteered == ("name",)
+    )
+    turns = [
+        "call(Find; cuisine=Thai; city=Rome)",
+        "It is cheap.",
+        "What time?",
+        "call(Book; name=Lotus; time=7 pm)",
+    ]
     assert rates(goals[0], *turns) == (1.0, 1.0, 1.0)
     free = load_goals(write_corpus(tmp_path / "b", [dialogue]).parent, "b", "b")["train"][0]
     assert free.subgoals[1].values["name"] == ("any",)
@@ -521,7 +636,7 @@ def test_values_known_from_earlier_and_indifference(tmp_path):
 
 
 def test_the_viewer_plays_with_simulated_user_and_with_a_person(monkeypatch, capsys):
-    import utils.dialogue as module
+    import utils.world.dialogue as module
 
     monkeypatch.chdir(ROOT)
     module.main(module.Args(play=2))
@@ -550,9 +665,12 @@ def test_the_conversation_that_a_reward_model_reads():
 
 
 def test_a_rollout_is_the_conversation_and_its_mask_the_assistants_words(script, monkeypatch):
-    """The tokens of an episode are the chat template's rendering of its messages; those chosen are the assistant's turns."""
+    """The tokens of an episode are the chat template's rendering of its messages; those chosen are
+    the assistant's turns."""
     monkeypatch.chdir(ROOT)
-    args = script.Args(task="dialogue", model="assets/tiny_dialogue", noise="none", max_turns=5, max_new_tokens=48)
+    args = script.Args(
+        task="dialogue", model="assets/tiny_dialogue", noise="none", max_turns=5, max_new_tokens=48
+    )
     policy, chat = load_policy(args.model, torch.device("cpu"))
     task = load_task(args, chat)
     torch.manual_seed(1)
@@ -561,27 +679,41 @@ def test_a_rollout_is_the_conversation_and_its_mask_the_assistants_words(script,
     for e in episodes:
         messages = task.messages(e.problem, e.completions)
         rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
-        assert chat.tokenizer.decode(e.tokens) == (rendered if e.finished else rendered.removesuffix("<|end|>"))
+        assert chat.tokenizer.decode(e.tokens) == (
+            rendered if e.finished else rendered.removesuffix("<|end|>")
+        )
         ends = script.turn_ends(torch.tensor([e.chosen]))[0]
         turns, begin = [], 0
         for end in ends.nonzero().flatten().tolist():
-            turns.append([i for i, c in zip(e.tokens[begin : end + 1], e.chosen[begin : end + 1], strict=True) if c])
+            turns.append(
+                [
+                    i
+                    for i, c in zip(
+                        e.tokens[begin : end + 1], e.chosen[begin : end + 1], strict=True
+                    )
+                    if c
+                ]
+            )
             begin = end + 1
         assert [chat.decode(ids) for ids in turns] == e.completions and not any(e.chosen[begin:])
         assert all(ids[-1] in chat.eos_ids for ids in turns[:-1])
         over = task.reply(e.problem, e.completions) is None
         assert over or len(e.completions) == 5 or not e.finished
         for k in range(1, len(e.completions)):
-            assert task.reply(e.problem, e.completions[:k]) is not None, "the user was done, yet the episode went on"
+            assert task.reply(e.problem, e.completions[:k]) is not None, (
+                "the user was done, yet the episode went on"
+            )
 
 
 def test_gae_and_rewards_across_turns_by_hand(script):
-    """Two turns of two tokens and one, a user turn between them: rewards 1 and 2, gamma 1/2, lambda 1/2, values 1."""
+    """Two turns of two tokens and one, a user turn between them: rewards 1 and 2, gamma 1/2, lambda
+    1/2, values 1."""
     mask = torch.tensor([[0, 1, 1, 0, 0, 1]]).bool()
     rewards = script.place_rewards(torch.tensor([[1.0, 2.0]]), mask)
     assert rewards.tolist() == [[0, 0, 1, 0, 0, 2]]
     if not hasattr(script, "gae"):
         return  # GRPO has no values: the scores of the turns are summed
     values = torch.tensor([[9.0, 1.0, 1.0, 9.0, 9.0, 1.0]])
-    # last: 2 - 1 = 1;  before: 1 + 1/2 - 1 = 1/2, + 1/4 * 1 = 3/4;  first: 0 + 1/2 - 1 = -1/2, + 1/4 * 3/4 = -5/16
+    # last: 2 - 1 = 1;  before: 1 + 1/2 - 1 = 1/2, + 1/4 * 1 = 3/4;  first: 0 + 1/2 - 1 = -1/2, +
+    # 1/4 * 3/4 = -5/16
     assert script.gae(rewards, values, mask, 0.5, 0.5).tolist() == [[0, -5 / 16, 3 / 4, 0, 0, 1]]

@@ -1,4 +1,5 @@
-"""Whole runs of every script: two updates, resume after kill -9, signals, NaN, bad input, multi-turn, W&B, plots."""
+"""Whole runs of every script: two updates, resume after kill -9, signals, NaN, bad input,
+multi-turn, W&B, plots."""
 
 import json
 import signal
@@ -23,21 +24,28 @@ def test_two_updates(name, run_main):
     frame = pd.read_csv(folder / "metrics.csv")
     assert frame["update"].tolist() == [0, 1, 2] and frame["charts/episodes"].tolist() == [0, 8, 16]
     assert frame["eval/accuracy"].notna().all() and frame["losses/policy"][1:].notna().all()
-    assert {"update", "question", "completion", "reference", "right"} == set(read_samples(folder)[0])
+    assert {"update", "question", "completion", "reference", "right"} == set(
+        read_samples(folder)[0]
+    )
     assert len(read_samples(folder)) == 12
     assert (folder / "curves.png").stat().st_size > 5000
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     policy = folder / "checkpoints" / "000002" / "policy"
-    start = AutoModelForCausalLM.from_pretrained(json.loads((folder / "args.json").read_text())["model"])
+    start = AutoModelForCausalLM.from_pretrained(
+        json.loads((folder / "args.json").read_text())["model"]
+    )
     trained = AutoModelForCausalLM.from_pretrained(policy)  # plain transformers loads it
-    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True)
+    )
     assert AutoTokenizer.from_pretrained(policy).chat_template
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, tmp_path):
-    """A run killed in mid-update and resumed equals the uninterrupted one, byte for byte apart from timing columns."""
+    """A run killed in mid-update and resumed equals the uninterrupted one, byte for byte apart from
+    timing columns."""
     flags = {
         "updates": 6,
         "save_every": 2,
@@ -48,9 +56,15 @@ def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, tmp_pa
     }
     whole = run_main(name, run_name="whole", **flags)
     killed = tmp_path / "runs" / "killed"
-    process = subprocess.Popen(command(name, run_name="killed", **flags), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(name, run_name="killed", **flags), cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
     limit = time.time() + 90
-    while time.time() < limit and not (killed / "checkpoints" / "000004").exists() and process.poll() is None:
+    while (
+        time.time() < limit
+        and not (killed / "checkpoints" / "000004").exists()
+        and process.poll() is None
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -64,12 +78,17 @@ def test_kill_9_and_resume_give_the_same_metrics(name, run_main, command, tmp_pa
 
 
 def test_flags_given_with_resume_override_the_saved_ones(command, shell, run_main, tmp_path):
-    """More updates at another learning rate, which the optimizer's saved state must not bring back."""
+    """More updates at another learning rate, which the optimizer's saved state must not bring
+    back."""
     folder = run_main("ppo_baseline", learning_rate=1e-4)
     words = [sys.executable, str(ROOT / "ppo_baseline.py"), "--resume", str(folder)]
     done = shell([*words, "--updates", "3", "--learning-rate", "5e-5"])
     assert done.returncode == 0, done.stderr
-    assert pd.read_csv(folder / "metrics.csv")["charts/learning_rate"].tolist()[1:] == [1e-4, 1e-4, 5e-5]
+    assert pd.read_csv(folder / "metrics.csv")["charts/learning_rate"].tolist()[1:] == [
+        1e-4,
+        1e-4,
+        5e-5,
+    ]
 
 
 def test_a_saved_policy_stops_at_eos_and_starts_another_run(run_main, tmp_path):
@@ -118,11 +137,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_finish_the_update_save_and_leave(number, command, shell, tmp_path):
-    words = command("grpo_baseline", run_name="stopped", updates=100000, save_every=100000, eval_every=100000)
+    words = command(
+        "grpo_baseline", run_name="stopped", updates=100000, save_every=100000, eval_every=100000
+    )
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "stopped" / "metrics.csv"
     limit = time.time() + 90
-    while time.time() < limit and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+    while time.time() < limit and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) > 2
+    ):
         time.sleep(0.02)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -152,10 +175,17 @@ def test_a_nan_stops_the_run_before_the_weights_are_touched(name, run_main, monk
     make_optimizer = module.make_optimizer
     monkeypatch.setattr(module, "policy_loss", poisoned)
     monkeypatch.setattr(module, "make_optimizer", remember)
-    with pytest.raises(SystemExit, match="update 1: not finite, so the weights were not touched: .*nan"):
+    with pytest.raises(
+        SystemExit, match="update 1: not finite, so the weights were not touched: .*nan"
+    ):
         run_main(name)
-    # the bias of the critic's heads (one, four, or 3 x 200) is set to the first mean return; everything else is as it was
-    changed = [p.shape for a, p in zip(seen["before"], seen["params"], strict=True) if not torch.equal(a, p)]
+    # the bias of the critic's heads (one, four, or 3 x 200) is set to the first mean return;
+    # everything else is as it was
+    changed = [
+        p.shape
+        for a, p in zip(seen["before"], seen["params"], strict=True)
+        if not torch.equal(a, p)
+    ]
     assert all(shape in ((1,), (4,), (600,)) for shape in changed)
 
 
@@ -184,7 +214,9 @@ def test_bad_command_lines_end_with_one_sentence(shell, tmp_path):
 
 def test_a_run_name_is_not_reused(run_main):
     run_main("grpo_baseline", updates=1)
-    with pytest.raises(SystemExit, match="--run-name grpo_baseline: .* exists; continue it with --resume"):
+    with pytest.raises(
+        SystemExit, match="--run-name grpo_baseline: .* exists; continue it with --resume"
+    ):
         run_main("grpo_baseline", updates=1)
 
 
@@ -217,13 +249,23 @@ def test_grpo_variants_change_the_result(flags, run_main):
     task = {key: flags[key] for key in EMBEDDED if key in flags}
     plain = run_main("grpo_baseline", noise_rate=0.5, run_name="plain", truncated="grade", **task)
     plain = pd.read_csv(plain / "metrics.csv")
-    other = pd.read_csv(run_main("grpo_baseline", noise_rate=0.5, run_name="other", **flags) / "metrics.csv")
-    assert plain["losses/grad_norm_policy"].tolist()[2] != other["losses/grad_norm_policy"].tolist()[2]
+    other = pd.read_csv(
+        run_main("grpo_baseline", noise_rate=0.5, run_name="other", **flags) / "metrics.csv"
+    )
+    assert (
+        plain["losses/grad_norm_policy"].tolist()[2] != other["losses/grad_norm_policy"].tolist()[2]
+    )
 
 
 def test_every_number_flag_of_vrpo_matters(run_main):
     """Changing a coefficient changes what is measured in update 2."""
-    base = {"noise_rate": 0.5, "eval_every": 2, "save_every": 2, "truncated": "grade", "eval_size": 1}
+    base = {
+        "noise_rate": 0.5,
+        "eval_every": 2,
+        "save_every": 2,
+        "truncated": "grade",
+        "eval_size": 1,
+    }
     plain = read_metrics(run_main("vrpo_math", run_name="base", **base))
     assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
     for i, flags in enumerate((
@@ -234,7 +276,10 @@ def test_every_number_flag_of_vrpo_matters(run_main):
         {"entropy_coef": 0.1}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl_in": "loss"}, {"clip_range": 0.001}, {"max_grad_norm": 0.01},
         {"epochs": 1}, {"minibatch_size": 2}, {"learning_rate": 1e-3}, {"temperature": 0.5}, {"noise_rate": 0.1}, {"seed": 5},
     )):  # fmt: skip
-        assert read_metrics(run_main("vrpo_math", run_name=f"variant{i}", **{**base, **flags})) != plain, flags
+        assert (
+            read_metrics(run_main("vrpo_math", run_name=f"variant{i}", **{**base, **flags}))
+            != plain
+        ), flags
 
 
 @pytest.mark.parametrize("name, variants", [
@@ -250,12 +295,21 @@ def test_every_number_flag_of_vrpo_matters(run_main):
 ])  # fmt: skip
 def test_every_flag_of_the_other_critics_matters(name, variants, run_main):
     """All runs differ from the defaults and from one another in the values of update 2."""
-    base = {"noise_rate": 0.5, "eval_every": 2, "save_every": 2, "truncated": "grade", "eval_size": 1, "kl_coef": 0.1}
+    base = {
+        "noise_rate": 0.5,
+        "eval_every": 2,
+        "save_every": 2,
+        "truncated": "grade",
+        "eval_size": 1,
+        "kl_coef": 0.1,
+    }
     found = [
         pd.read_csv(run_main(name, run_name=f"variant{i}", **base, **flags) / "metrics.csv")
         for i, flags in enumerate([{}, *variants])
     ]
-    seen = [(frame["critic/advantage_std"][2], frame["losses/grad_norm_critic"][2]) for frame in found]
+    seen = [
+        (frame["critic/advantage_std"][2], frame["losses/grad_norm_critic"][2]) for frame in found
+    ]
     assert len(set(seen)) == len(seen)
 
 
@@ -265,7 +319,11 @@ def test_every_flag_of_the_other_critics_matters(name, variants, run_main):
         ("dvpo_math", {"quantiles": 2}, "--quantiles 2: must be at least 3"),
         ("dvpo_math", {"huber_kappa": 0.0}, "--huber-kappa 0.0: must be at least 0.001"),
         ("dvpo_math", {"tail_share": 0.6}, r"--tail-share 0.6: must be in \[0, 0.5\]"),
-        ("robust_ppo_baseline", {"contamination": 2.0}, r"--contamination 2.0: must be in \[0, 1\]"),
+        (
+            "robust_ppo_baseline",
+            {"contamination": 2.0},
+            r"--contamination 2.0: must be in \[0, 1\]",
+        ),
         ("robust_ppo_baseline", {"value_heads": 0}, "--value-heads 0: must be at least 1"),
     ],
 )
@@ -274,7 +332,9 @@ def test_bad_flags_of_the_other_critics(name, flags, message, run_main):
         run_main(name, **flags)
 
 
-@pytest.mark.parametrize("name, flags", [("dvpo_math", {"quantiles": 20}), ("vrpo_math", {"bottleneck_layers": 0})])
+@pytest.mark.parametrize(
+    "name, flags", [("dvpo_math", {"quantiles": 20}), ("vrpo_math", {"bottleneck_layers": 0})]
+)
 def test_a_critic_of_other_sizes_cannot_go_on(name, flags, run_main):
     folder = run_main(name, updates=1)
     with pytest.raises(SystemExit, match="--resume: the run's critic has other parts or sizes"):
@@ -282,7 +342,9 @@ def test_a_critic_of_other_sizes_cannot_go_on(name, flags, run_main):
 
 
 def test_majority_vote_and_bfloat16(run_main):
-    folder = run_main("ppo_baseline", noise="majority-vote", vote_samples=2, dtype="bfloat16", run_name="votes")
+    folder = run_main(
+        "ppo_baseline", noise="majority-vote", vote_samples=2, dtype="bfloat16", run_name="votes"
+    )
     labels = (folder / "pseudo_labels.jsonl").read_text().splitlines()
     frame = pd.read_csv(folder / "metrics.csv")
     assert len(labels) == 8 and frame["losses/value"][1:].notna().all()
@@ -297,7 +359,7 @@ def test_wandb_offline(run_main, monkeypatch):
 
 def test_plot_groups_seeds(run_main, shell, tmp_path):
     runs = [run_main("grpo_baseline", seed=s, run_name=f"s{s}") for s in (1, 2)]
-    from utils.plot import plot_runs, read_run
+    from utils.report.plot import plot_runs, read_run
 
     picture = plot_runs([*runs, run_main("ppo_baseline")], tmp_path / "all.png")
     assert picture.stat().st_size > 10000
@@ -316,17 +378,27 @@ def read_transcripts(folder: Path) -> list[dict]:
 
 
 def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags, capsys):
-    """Two updates each: the field's metrics, rewards that sum to the reward model's score, the same dialogues in update 1."""
+    """Two updates each: the field's metrics, rewards that sum to the reward model's score, the same
+    dialogues in update 1."""
     first = {}
     for name in WITH_DIALOGUE:
         folder = run_main(name, plot=name == "vrpo_dialogue", **dialogue_flags | {"max_turns": 3})
         frame = pd.read_csv(folder / "metrics.csv")
-        assert {"eval/tcr", "eval/acr", "eval/gcr", "eval/average", "eval/tcr_unseen", "sampled/impatient"} <= set(
-            frame
+        assert {
+            "eval/tcr",
+            "eval/acr",
+            "eval/gcr",
+            "eval/average",
+            "eval/tcr_unseen",
+            "sampled/impatient",
+        } <= set(frame)
+        assert (
+            frame["eval/average"].between(0, 1).all() and frame["losses/policy"][1:].notna().all()
         )
-        assert frame["eval/average"].between(0, 1).all() and frame["losses/policy"][1:].notna().all()
         assert frame["charts/turns"][1] > 1
-        assert frame["reward/observed"][1] == pytest.approx(0.5, abs=1e-5), "scaled by the first batch"
+        assert frame["reward/observed"][1] == pytest.approx(0.5, abs=1e-5), (
+            "scaled by the first batch"
+        )
         assert not any("accuracy" in column for column in frame)
         rows = read_transcripts(folder)
         assert [row["update"] for row in rows] == [1] * 4 + [2] * 4
@@ -337,7 +409,7 @@ def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags,
         assert ("values" in rows[0]) == (name != "grpo_baseline")
         first[name] = [(row["messages"], row["rewards"]) for row in rows[:4]]
     assert all(rows == first["ppo_baseline"] for rows in first.values())
-    import utils.dialogue as viewer
+    import utils.world.dialogue as viewer
 
     capsys.readouterr()
     viewer.main(viewer.Args(sample=folder, count=2))
@@ -346,7 +418,8 @@ def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags,
 
 
 def test_a_reward_model_for_every_turn_and_resume(run_main, dialogue_flags, tmp_path):
-    """What the turns add sums to the score of the dialogue; the scale of the scores survives a resume."""
+    """What the turns add sums to the score of the dialogue; the scale of the scores survives a
+    resume."""
     import shutil
 
     flags = {**dialogue_flags, "updates": 3}
@@ -361,13 +434,17 @@ def test_a_reward_model_for_every_turn_and_resume(run_main, dialogue_flags, tmp_
     shutil.rmtree(part / "checkpoints" / "000003")
     run_main("vrpo_dialogue", reward_per="turn", resume=part, **flags)
     assert read_metrics(part) == read_metrics(whole)
-    assert read_samples(part) == read_samples(whole) and read_transcripts(part) == read_transcripts(whole)
+    assert read_samples(part) == read_samples(whole) and read_transcripts(part) == read_transcripts(
+        whole
+    )
 
 
 def test_resume_of_a_dialogue_from_the_command_line(run_main, dialogue_flags, shell):
     """The saved flags come back with their types."""
     folder = run_main("grpo_baseline", **dialogue_flags)
-    done = shell([sys.executable, str(ROOT / "grpo_baseline.py"), "--resume", str(folder), "--updates", "3"])
+    done = shell(
+        [sys.executable, str(ROOT / "grpo_baseline.py"), "--resume", str(folder), "--updates", "3"]
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert pd.read_csv(folder / "metrics.csv")["update"].tolist() == [0, 1, 2, 3]
@@ -376,9 +453,12 @@ def test_resume_of_a_dialogue_from_the_command_line(run_main, dialogue_flags, sh
 def test_a_reward_model_for_answers_to_questions_with_noise_on_top(run_main, dialogue_flags):
     reward_model = dialogue_flags["reward_model"]
     frame = pd.read_csv(
-        run_main("grpo_baseline", reward_model=reward_model, noise="gaussian", **EMBEDDED) / "metrics.csv"
+        run_main("grpo_baseline", reward_model=reward_model, noise="gaussian", **EMBEDDED)
+        / "metrics.csv"
     )
-    assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1] != pytest.approx(0.5, abs=1e-4)
+    assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1] != pytest.approx(
+        0.5, abs=1e-4
+    )
 
 
 def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
@@ -413,9 +493,14 @@ def test_the_task_brings_its_defaults(monkeypatch):
         return parse_args(importlib.import_module(name).Args, None)
 
     dialogue = parse("ppo_baseline", "--task", "dialogue", "--seed", "3")
-    assert dialogue.model == "assets/tiny_dialogue" and dialogue.noise == "none" and dialogue.seed == 3
+    assert (
+        dialogue.model == "assets/tiny_dialogue" and dialogue.noise == "none" and dialogue.seed == 3
+    )
     assert parse("ppo_baseline", "--task=dialogue", "--model", "x").model == "x"
-    assert parse("ppo_baseline").model == "assets/tiny_math" and parse("ppo_baseline").noise == "symmetric"
+    assert (
+        parse("ppo_baseline").model == "assets/tiny_math"
+        and parse("ppo_baseline").noise == "symmetric"
+    )
     assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args()
     assert parse("vrpo_dialogue", "--task", "math").reward_model is None
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ import vrpo_math as vrpo
 from tests.conftest import SCRIPTS, read_metrics, read_samples
 from utils.generation import Answer
 from utils.models import load_policy
-from utils.tasks import MathTask, Problem
+from utils.world.tasks import MathTask, Problem
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,10 @@ def policy_and_chat(tiny_model):
 
 
 def problems(chat, count=6):
-    return [Problem(f"p{i}", "1", chat.prompt_ids("Ann has 2 pens. " * (i % 3 + 1))) for i in range(count)]
+    return [
+        Problem(f"p{i}", "1", chat.prompt_ids("Ann has 2 pens. " * (i % 3 + 1)))
+        for i in range(count)
+    ]
 
 
 def play(policy, chat, seed=0, **flags):
@@ -39,7 +42,9 @@ def test_all_scripts_see_the_same_completions_and_noise_in_update_1(run_main):
         folder = run_main(name, updates=1, noise="symmetric", noise_rate=0.4, max_new_tokens=16)
         header, _, first = read_metrics(folder).splitlines()
         row = dict(zip(header.split(","), first.split(","), strict=True))
-        rows.append({k: row[k] for k in row if k.startswith(("charts/", "reward/")) and k != "reward/total"})
+        rows.append(
+            {k: row[k] for k in row if k.startswith(("charts/", "reward/")) and k != "reward/total"}
+        )
         rows[-1]["entropy"] = row["objective/entropy"]
         assert read_samples(folder)[0] == read_samples(Path(folder).parent / SCRIPTS[0])[0]
     assert all(row == rows[0] for row in rows)
@@ -53,7 +58,9 @@ def test_vrpo_without_its_parts_is_ppo(run_main):
     left, right = (pd.read_csv(f / "metrics.csv") for f in (a, b))
     for key in left.columns:
         if not key.startswith(("time/", "charts/tokens", "charts/peak")):
-            assert left[key].tolist() == pytest.approx(right[key].tolist(), rel=1e-4, abs=1e-6, nan_ok=True), key
+            assert left[key].tolist() == pytest.approx(
+                right[key].tolist(), rel=1e-4, abs=1e-6, nan_ok=True
+            ), key
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,9 @@ def test_robust_ppo_without_its_worst_case_is_ppo(run_main, flags):
     right = pd.read_csv(run_main("robust_ppo_baseline", **settings, **flags) / "metrics.csv")
     for key in left.columns:
         if not key.startswith(("time/", "charts/tokens", "charts/peak")):
-            assert left[key].tolist() == pytest.approx(right[key].tolist(), rel=0, abs=0, nan_ok=True), key
+            assert left[key].tolist() == pytest.approx(
+                right[key].tolist(), rel=0, abs=0, nan_ok=True
+            ), key
 
 
 def gradients(module, policy, chat, minibatch, micro_batch_size):
@@ -92,7 +101,9 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
         )
         if module is vrpo:
             _, kl, _ = critic.values(features, samples=1)
-            critic_logprobs, entropy = ppo.logprobs_and_entropy(critic.lm_head, features, part["targets"][mask], 1.0)
+            critic_logprobs, entropy = ppo.logprobs_and_entropy(
+                critic.lm_head, features, part["targets"][mask], 1.0
+            )
             ent, ppl = vrpo.semantic_losses(
                 ppo.spread(entropy, mask),
                 ppo.spread(critic_logprobs, mask),
@@ -104,7 +115,10 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
             values = ppo.spread(critic.values(features), mask)
             loss = loss + ppo.value_loss(values, values, part["advantages"], part["weights"], None)
         loss.backward()
-    parameters = [*policy.parameters(), *(p for p in critic.parameters() if p.requires_grad and p.grad is not None)]
+    parameters = [
+        *policy.parameters(),
+        *(p for p in critic.parameters() if p.requires_grad and p.grad is not None),
+    ]
     return torch.cat([p.grad.flatten() for p in parameters])
 
 
@@ -130,7 +144,9 @@ def test_padding_changes_nothing(policy_and_chat):
     args, critic = ppo.Args(), ppo.Critic(policy, ppo.Args())
     torch.nn.init.normal_(critic.head.weight)
     wide = {
-        k: torch.nn.functional.pad(v, (0, 7), value=chat.pad_id if v.dtype == torch.int64 else False)
+        k: torch.nn.functional.pad(
+            v, (0, 7), value=chat.pad_id if v.dtype == torch.int64 else False
+        )
         for k, v in batch.items()
     }
     narrow, wide = (ppo.score_tokens(policy, policy, critic, b, args) for b in (batch, wide))
@@ -140,23 +156,33 @@ def test_padding_changes_nothing(policy_and_chat):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_training_sees_the_distribution_that_was_sampled(policy_and_chat, temperature, dtype, tolerance):
-    """The log-probabilities and entropies that sampling kept, left-padded and with a cache, against a right-padded pass."""
+def test_training_sees_the_distribution_that_was_sampled(
+    policy_and_chat, temperature, dtype, tolerance
+):
+    """The log-probabilities and entropies that sampling kept, left-padded and with a cache, against
+    a right-padded pass."""
     policy, chat = policy_and_chat
     args = ppo.Args(temperature=temperature, max_new_tokens=10)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         batch = ppo.pack(play(policy, chat, temperature=temperature), chat.pad_id, CPU)
         mask = batch["mask"]
         hidden = ppo.hidden_states(policy.get_decoder(), batch["inputs"], mask)
-        logprobs, entropy = ppo.logprobs_and_entropy(policy.lm_head, hidden, batch["targets"][mask], args.temperature)
+        logprobs, entropy = ppo.logprobs_and_entropy(
+            policy.lm_head, hidden, batch["targets"][mask], args.temperature
+        )
     for ours, theirs in ((batch["logprobs"][mask], logprobs), (batch["entropy"][mask], entropy)):
-        print(f"{dtype}: largest difference {(ours - theirs).abs().max():.1e}, mean {(ours - theirs).abs().mean():.1e}")
-        assert (ours - theirs).abs().max() < tolerance and (ours - theirs).abs().mean() < tolerance / 10
+        print(
+            f"{dtype}: largest difference {(ours - theirs).abs().max():.1e}, mean {(ours - theirs).abs().mean():.1e}"
+        )
+        assert (ours - theirs).abs().max() < tolerance and (
+            ours - theirs
+        ).abs().mean() < tolerance / 10
     assert not batch["logprobs"][~mask].any() and not batch["entropy"][~mask].any()
 
 
 def test_sampling_follows_the_policy_with_nothing_inherited(tiny_model, tmp_path, tokenizer):
-    """A model whose own generation config has top-k and a penalty is sampled without them: frequencies match softmax."""
+    """A model whose own generation config has top-k and a penalty is sampled without them:
+    frequencies match softmax."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -174,30 +200,45 @@ def test_sampling_follows_the_policy_with_nothing_inherited(tiny_model, tmp_path
 
 
 def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
-    """Two turns: what is marked as chosen decodes to the answers, the rest to prompt and user turn."""
+    """Two turns: what is marked as chosen decodes to the answers, the rest to prompt and user
+    turn."""
     policy, chat = policy_and_chat
     eos = chat.eos_ids[0]
     turns = [[[11, 12, eos], [13, 14, 15]], [[16, eos]]]
-    scripted = iter([[Answer(row, [-1.0] * len(row), [0.5] * len(row)) for row in turn] for turn in turns])
+    scripted = iter(
+        [[Answer(row, [-1.0] * len(row), [0.5] * len(row)) for row in turn] for turn in turns]
+    )
     original, ppo.generate = ppo.generate, lambda *_: next(scripted)
     try:
-        episodes = ppo.rollout(policy, chat, MathTask([], [], {}), problems(chat)[:2], ppo.Args(max_turns=2), 1.0)
+        episodes = ppo.rollout(
+            policy, chat, MathTask([], [], {}), problems(chat)[:2], ppo.Args(max_turns=2), 1.0
+        )
     finally:
         ppo.generate = original
     first, second = episodes
     words = chat.user_turn_ids("Check your work and answer again.")
     assert first.tokens == first.problem.prompt_ids + [11, 12, eos] + words + [16, eos]
-    assert first.chosen == [False] * len(first.problem.prompt_ids) + [True] * 3 + [False] * len(words) + [True] * 2
-    assert first.logprobs == [-1.0 * c for c in first.chosen] and first.entropy == [0.5 * c for c in first.chosen]
+    assert (
+        first.chosen
+        == [False] * len(first.problem.prompt_ids) + [True] * 3 + [False] * len(words) + [True] * 2
+    )
+    assert first.logprobs == [-1.0 * c for c in first.chosen] and first.entropy == [
+        0.5 * c for c in first.chosen
+    ]
     assert len(first.completions) == 2 and first.finished
     # the second answer was cut off: its episode ends there
-    assert second.tokens[-3:] == [13, 14, 15] and not second.finished and len(second.completions) == 1
+    assert (
+        second.tokens[-3:] == [13, 14, 15] and not second.finished and len(second.completions) == 1
+    )
 
 
 def test_truncated_answers():
     task, one = MathTask([], [], {}), Problem("q", "1", [])
     cut, whole = (SimpleNamespace(finished=f, completions=["x", "#### 1"]) for f in (False, True))
-    assert ppo.judged(cut, ppo.Args(truncated="wrong")) == ["x", ""] and cut.completions == ["x", "#### 1"]
+    assert ppo.judged(cut, ppo.Args(truncated="wrong")) == ["x", ""] and cut.completions == [
+        "x",
+        "#### 1",
+    ]
     rewards = {
         t: [task.grade(one, ppo.judged(e, ppo.Args(truncated=t))) for e in (cut, whole)]
         for t in ("wrong", "grade", "mask")
@@ -215,7 +256,9 @@ def test_no_gradient_into_the_frozen_head(policy_and_chat):
         optimizer = vrpo.make_optimizer(policy, critic, args)
         before = critic.lm_head.weight.detach().clone()
         features = critic.features(batch["inputs"], mask, None)
-        logprobs, entropy = vrpo.logprobs_and_entropy(critic.lm_head, features, batch["targets"][mask], 1.0)
+        logprobs, entropy = vrpo.logprobs_and_entropy(
+            critic.lm_head, features, batch["targets"][mask], 1.0
+        )
         (entropy.mean() - logprobs.mean()).backward()
         optimizer.step()
         assert (critic.lm_head.weight.grad is None) is (kind == "frozen")
@@ -244,7 +287,8 @@ def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
 
 
 def test_the_bottleneck_starts_open(policy_and_chat):
-    """mu of order 1 for hidden states of order 1, sigma = 1/e in every state, and a value that is nothing yet."""
+    """mu of order 1 for hidden states of order 1, sigma = 1/e in every state, and a value that is
+    nothing yet."""
     policy, _ = policy_and_chat
     torch.manual_seed(0)
     critic = vrpo.Critic(policy, vrpo.Args(latent_dim=512))
@@ -257,8 +301,13 @@ def test_the_bottleneck_starts_open(policy_and_chat):
 
 def test_shared_backbone_and_critic_warmup(run_main):
     for name in ("ppo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline"):
-        run = run_main(name, run_name=f"{name}-w", critic_backbone="shared", critic_warmup=1, kl_coef=0.1)
+        run = run_main(
+            name, run_name=f"{name}-w", critic_backbone="shared", critic_warmup=1, kl_coef=0.1
+        )
         frame = pd.read_csv(run / "metrics.csv")
-        assert frame["losses/grad_norm_policy"].tolist()[1] == 0 and frame["losses/grad_norm_policy"].tolist()[2] > 0
+        assert (
+            frame["losses/grad_norm_policy"].tolist()[1] == 0
+            and frame["losses/grad_norm_policy"].tolist()[2] > 0
+        )
         assert frame["losses/grad_norm_head"].tolist()[1] > 0
         assert frame["objective/kl_ref"].tolist()[1:] == pytest.approx([0, 0], abs=1e-5)

@@ -1,6 +1,6 @@
-"""The conventions of the model families that people use, each in a tiny random model: BOS put by the template, by the tokenizer or
-not at all, several EOS ids, no pad token, pad that is EOS, a default system message, thoughts, a vocabulary larger than the
-tokenizer's, sliding windows."""
+"""The conventions of the model families that people use, each in a tiny random model: BOS put by
+the template, by the tokenizer or not at all, several EOS ids, no pad token, pad that is EOS, a
+default system message, thoughts, a vocabulary larger than the tokenizer's, sliding windows."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ from transformers import (
 import ppo_baseline as ppo
 from utils.generation import generate
 from utils.models import load_policy
-from utils.problems import Problem
-from utils.tasks import MathTask
+from utils.world.problems import Problem
+from utils.world.tasks import MathTask
 
 CPU = torch.device("cpu")
 CHATML = (
@@ -53,15 +53,23 @@ GEMMA3 = (  # the system message goes into the first user turn
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA3
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + GEMMA3
 )
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
 
 
 @dataclass
 class Family:
-    """`specials` are the special tokens, `bos`, `eos`, `pad` the tokenizer's; `generation_eos` those of the generation config;
-    `stops` what must end a turn; `tokenizer_adds_bos` for text that no template has rendered."""
+    """`specials` are the special tokens, `bos`, `eos`, `pad` the tokenizer's; `generation_eos`
+    those of the generation config; `stops` what must end a turn; `tokenizer_adds_bos` for text that
+    no template has rendered."""
 
     config: type
     model: type
@@ -116,13 +124,17 @@ def build(family: Family, folder: Path) -> Path:
     tokenizer.train_from_iterator(["Ann has 2 pens. How many?"], trainer)
     if family.tokenizer_adds_bos:
         bos = (family.bos, tokenizer.token_to_id(family.bos))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos} $A", special_tokens=[bos]
+        )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos, pad_token=family.pad,
         padding_side=family.padding_side, additional_special_tokens=[],
     )  # fmt: skip
     if "<think>" in (family.template or ""):
-        fast.add_tokens(["<think>", "</think>"])  # as in Qwen3 they are not special: decoding keeps them
+        fast.add_tokens(
+            ["<think>", "</think>"]
+        )  # as in Qwen3 they are not special: decoding keeps them
     fast.chat_template = family.template
     config = family.config(
         vocab_size=len(fast) + family.spare_rows, max_position_embeddings=256, initializer_range=0.3,
@@ -150,13 +162,16 @@ def name(request) -> str:
 
 def test_every_token_that_ends_a_turn_stops(folders, name):
     policy, chat = load_policy(str(folders[name]), CPU)
-    assert sorted(chat.eos_ids) == sorted(chat.tokenizer.convert_tokens_to_ids(FAMILIES[name].stops))
+    assert sorted(chat.eos_ids) == sorted(
+        chat.tokenizer.convert_tokens_to_ids(FAMILIES[name].stops)
+    )
     assert max(chat.pad_id, *chat.eos_ids) < policy.get_input_embeddings().num_embeddings
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_tokens_of_a_conversation_are_those_of_the_template(folders, name, system):
-    """First message, answer with its EOS, second message: together what the template gives for all of them; one BOS at most."""
+    """First message, answer with its EOS, second message: together what the template gives for all
+    of them; one BOS at most."""
     family = FAMILIES[name]
     _, chat = load_policy(str(folders[name]), CPU, system=system)
     stop = family.stops[-1] if family.template else family.eos
@@ -176,7 +191,9 @@ def test_the_tokens_of_a_conversation_are_those_of_the_template(folders, name, s
         first = chat.tokenizer.apply_chat_template(
             turns[:-2], add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
-        if "<think>" in whole:  # the empty thought stays before the answer, where it stood when the answer was given
+        if (
+            "<think>" in whole
+        ):  # the empty thought stays before the answer, where it stood when the answer was given
             whole = whole.replace("assistant\n2", "assistant\n<think>\n\n</think>\n\n2")
         assert text == whole and chat.tokenizer.decode(chat.prompt_ids("Hi 1")) == first
     else:
@@ -192,11 +209,14 @@ def test_thinking_is_a_switch(folders):
     on, off = (load_policy(str(folders["qwen3"]), CPU, thinking=t)[1] for t in (True, False))
     assert on.decode(on.prompt_ids("Hi")).endswith("assistant")
     assert off.decode(off.prompt_ids("Hi")).endswith("<think>\n\n</think>")
-    assert on.decode(on.tokenizer.encode("<think>7</think>9")) == "<think>7</think>9"  # for the answer checker to see
+    assert (
+        on.decode(on.tokenizer.encode("<think>7</think>9")) == "<think>7</think>9"
+    )  # for the answer checker to see
 
 
 def test_training_sees_the_log_probabilities_of_sampling(folders, name):
-    """Left padding, sliding windows and spare vocabulary rows included; a row ends with its first EOS, whichever it is."""
+    """Left padding, sliding windows and spare vocabulary rows included; a row ends with its first
+    EOS, whichever it is."""
     policy, chat = load_policy(str(folders[name]), CPU)
     prompts = [chat.prompt_ids("Ann has 2 pens. " * (i % 3 + 1)) for i in range(24)]
     torch.manual_seed(1)
@@ -205,21 +225,30 @@ def test_training_sees_the_log_probabilities_of_sampling(folders, name):
     episodes = ppo.rollout(policy, chat, MathTask([], [], {}), problems, args, 1.0)
     for e in episodes:
         answer = e.tokens[len(e.problem.prompt_ids) :]
-        assert not set(answer[:-1]) & set(chat.eos_ids) and e.finished == (answer[-1] in chat.eos_ids)
+        assert not set(answer[:-1]) & set(chat.eos_ids) and e.finished == (
+            answer[-1] in chat.eos_ids
+        )
         assert isinstance(e.completions[0], str)
     batch = ppo.pack(episodes, chat.pad_id, CPU)
-    trained = ppo.score_tokens(policy, policy, ppo.Critic(policy, args), batch, args)["ref_logprobs"]
+    trained = ppo.score_tokens(policy, policy, ppo.Critic(policy, args), batch, args)[
+        "ref_logprobs"
+    ]
     for i, e in enumerate(episodes[:6]):
         logits = policy(input_ids=torch.tensor([e.tokens])).logits[0, :-1]
         targets = torch.tensor(e.tokens[1:])
-        alone = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)[torch.tensor(e.chosen[1:])]
+        alone = (
+            logits.log_softmax(-1)
+            .gather(-1, targets.unsqueeze(-1))
+            .squeeze(-1)[torch.tensor(e.chosen[1:])]
+        )
         assert torch.allclose(batch["logprobs"][i][batch["mask"][i]], alone, atol=1e-4)
         assert torch.allclose(trained[i][batch["mask"][i]], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
 def test_decoding_is_that_of_transformers(folders, name, temperature):
-    """Token by token the same as `generate`, greedily and with the same noise; prompts repeat, rows end early, caches grow."""
+    """Token by token the same as `generate`, greedily and with the same noise; prompts repeat, rows
+    end early, caches grow."""
     policy, chat = load_policy(str(folders[name]), CPU)
     prompts = [chat.prompt_ids("Ann has 2 pens. " * (i // 2 % 3 + 1)) for i in range(24)]
     chat.eos_ids += range(40, 60)  # so that some rows end early
@@ -245,7 +274,12 @@ def test_decoding_is_that_of_transformers(folders, name, temperature):
 def test_a_run_with_each_family_and_lora(run_main, folders, name, script_name):
     """Its checkpoint loads with plain transformers."""
     folder = run_main(
-        script_name, model=str(folders[name]), updates=1, lora_rank=2, system_prompt="Be brief.", max_prompt_tokens=256
+        script_name,
+        model=str(folders[name]),
+        updates=1,
+        lora_rank=2,
+        system_prompt="Be brief.",
+        max_prompt_tokens=256,
     )
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000001" / "policy")
     assert type(model) is FAMILIES[name].model
@@ -257,7 +291,8 @@ def test_a_template_without_a_system_role_says_so(tmp_path):
     folder = build(replace(FAMILIES["gemma3"], template=NO_SYSTEM), tmp_path)
     _, chat = load_policy(str(folder), CPU, system="Be brief.")
     with pytest.raises(
-        SystemExit, match="refuses the roles system, user .System role not supported.; see --system-prompt"
+        SystemExit,
+        match="refuses the roles system, user .System role not supported.; see --system-prompt",
     ):
         chat.prompt_ids("Hi")
 
@@ -265,7 +300,12 @@ def test_a_template_without_a_system_role_says_so(tmp_path):
 def test_a_template_that_rewrites_answers_says_so(tmp_path):
     from dataclasses import replace
 
-    folder = build(replace(FAMILIES["smollm2"], template=CHATML.replace("m.content", "m.content | upper")), tmp_path)
+    folder = build(
+        replace(FAMILIES["smollm2"], template=CHATML.replace("m.content", "m.content | upper")),
+        tmp_path,
+    )
     _, chat = load_policy(str(folder), CPU)
-    with pytest.raises(SystemExit, match="does not repeat earlier answers as they were; use --max-turns 1"):
+    with pytest.raises(
+        SystemExit, match="does not repeat earlier answers as they were; use --max-turns 1"
+    ):
         chat.user_turn_ids("Hi")

@@ -1,8 +1,15 @@
-"""Decoding: whatever is saved, the tokens are those that a plain loop over the whole batch draws from the same noise."""
+"""Decoding: whatever is saved, the tokens are those that a plain loop over the whole batch draws
+from the same noise."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from utils import generation
 from utils.generation import choose, exponential, generate
@@ -22,7 +29,8 @@ def some_prompts(chat, count=12):
 
 @torch.no_grad()
 def plainly(policy, chat, prompts, max_new_tokens, temperature):
-    """A loop without cache, padding or compaction: every row by itself through the whole model, for every token."""
+    """A loop without cache, padding or compaction: every row by itself through the whole model, for
+    every token."""
     answers = [[] for _ in prompts]
     going = [True] * len(prompts)
     for _ in range(max_new_tokens):
@@ -44,7 +52,9 @@ def plainly(policy, chat, prompts, max_new_tokens, temperature):
 @pytest.mark.parametrize(
     "room, compact_at, rows_at_once", [(32, 0.8, 10**6), (1, 1.0, 10**6), (2, 0.0, 5), (3, 0.5, 1)]
 )
-def test_same_tokens_as_a_plain_loop(policy_and_chat, monkeypatch, temperature, room, compact_at, rows_at_once):
+def test_same_tokens_as_a_plain_loop(
+    policy_and_chat, monkeypatch, temperature, room, compact_at, rows_at_once
+):
     policy, chat = policy_and_chat
     vocabulary = policy.lm_head.out_features
     chat.eos_ids = list(range(0, vocabulary, 9))  # one token in nine ends an answer
@@ -58,7 +68,9 @@ def test_same_tokens_as_a_plain_loop(policy_and_chat, monkeypatch, temperature, 
     found = generate(policy, chat, prompts, 15, temperature)
     assert [answer.tokens for answer in found] == expected
     if temperature:
-        assert {len(a) for a in expected} > {1, 15} or len({len(a) for a in expected}) > 3  # rows do end apart
+        assert {len(a) for a in expected} > {1, 15} or len(
+            {len(a) for a in expected}
+        ) > 3  # rows do end apart
 
 
 def test_greedy_answers_are_certain(policy_and_chat):
@@ -89,7 +101,9 @@ def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([[0.0, -1e30, 0.0, -1e30]]).repeat(500, 1)
     tokens, logprobs, entropy = choose(head, logits, torch.arange(500), 500, 1.0)
     assert set(tokens.tolist()) == {0, 2}
-    assert torch.allclose(logprobs, torch.tensor(0.5).log()) and torch.allclose(entropy, torch.tensor(2.0).log())
+    assert torch.allclose(logprobs, torch.tensor(0.5).log()) and torch.allclose(
+        entropy, torch.tensor(2.0).log()
+    )
 
 
 def test_every_row_ends_at_once(policy_and_chat):
@@ -99,7 +113,8 @@ def test_every_row_ends_at_once(policy_and_chat):
 
 
 def test_a_model_whose_cache_is_not_of_attention_alone(tmp_path, tokenizer):
-    """Rows cannot be taken out of such a cache, so the batch decodes as it stands: the tokens are still those of `generate`."""
+    """Rows cannot be taken out of such a cache, so the batch decodes as it stands: the tokens are
+    still those of `generate`."""
     torch.manual_seed(0)
     config = Lfm2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -122,11 +137,14 @@ def test_a_model_whose_cache_is_not_of_attention_alone(tmp_path, tokenizer):
         max_new_tokens=10, do_sample=True, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids,
     )[:, width:].tolist()  # fmt: skip
     assert len({len(a.tokens) for a in found}) > 2
-    assert [a.tokens for a in found] == [row[: len(a.tokens)] for a, row in zip(found, expected, strict=True)]
+    assert [a.tokens for a in found] == [
+        row[: len(a.tokens)] for a, row in zip(found, expected, strict=True)
+    ]
 
 
 def test_a_model_that_has_no_such_cache_is_refused(tmp_path, tokenizer):
-    """Mamba ignores the cache that it is given: it would see every token without what stands before."""
+    """Mamba ignores the cache that it is given: it would see every token without what stands
+    before."""
     torch.manual_seed(0)
     config = MambaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, eos_token_id=tokenizer.eos_token_id,
@@ -134,5 +152,7 @@ def test_a_model_that_has_no_such_cache_is_refused(tmp_path, tokenizer):
     )  # fmt: skip
     MambaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="MambaForCausalLM does not decode through transformers' DynamicCache"):
+    with pytest.raises(
+        SystemExit, match="MambaForCausalLM does not decode through transformers' DynamicCache"
+    ):
         load_policy(str(tmp_path), CPU)

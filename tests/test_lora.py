@@ -27,11 +27,16 @@ def test_a_twin_shares_the_frozen_weights_and_copies_the_adapters(adapted):
     other = twin(adapted)
     pairs = list(zip(adapted.named_parameters(), other.parameters(), strict=True))
     assert all((a is b) == ("lora_" not in name) for (name, a), b in pairs)
-    assert 0 < sum(p.numel() for p in trainable(adapted)) < 0.5 * sum(p.numel() for p in adapted.parameters())
+    assert (
+        0
+        < sum(p.numel() for p in trainable(adapted))
+        < 0.5 * sum(p.numel() for p in adapted.parameters())
+    )
     assert not any("lm_head" in name for (name, p), _ in pairs if p.requires_grad)
     whole = torch.nn.Linear(2, 2)
     assert all(
-        a is not b and torch.equal(a, b) for a, b in zip(whole.parameters(), twin(whole).parameters(), strict=True)
+        a is not b and torch.equal(a, b)
+        for a, b in zip(whole.parameters(), twin(whole).parameters(), strict=True)
     )
 
 
@@ -40,7 +45,12 @@ def test_policy_reference_and_critic_have_one_set_of_weights(script, tiny_model)
     modules = [policy, twin(policy).requires_grad_(False)]
     if hasattr(script, "Critic"):
         modules.append(script.Critic(policy, script.Args(lora_rank=4)))
-    distinct = {id(p): p for module in modules for name, p in module.named_parameters() if "lora_" not in name}
+    distinct = {
+        id(p): p
+        for module in modules
+        for name, p in module.named_parameters()
+        if "lora_" not in name
+    }
     heads = sum(
         p.numel()
         for module in modules[2:]
@@ -62,30 +72,46 @@ def test_the_merged_policy_is_the_adapted_one(adapted, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_resume_with_lora_gives_the_same_metrics(name, run_main):
-    """The adapters of policy and critic, not the merged weights, are what a run goes on from. The first update trains the
-    critic alone where there is one, and the frozen weights stay frozen."""
-    flags = {"lora_rank": 2, "kl_coef": 0.01, "learning_rate": 1e-2, "noise_rate": 0.4, "max_new_tokens": 12}
+    """The adapters of policy and critic, not the merged weights, are what a run goes on from. The
+    first update trains the critic alone where there is one, and the frozen weights stay frozen."""
+    flags = {
+        "lora_rank": 2,
+        "kl_coef": 0.01,
+        "learning_rate": 1e-2,
+        "noise_rate": 0.4,
+        "max_new_tokens": 12,
+    }
     if name != "grpo_baseline":
         flags["critic_warmup"] = 1
     whole = run_main(name, run_name="whole", updates=4, **flags)
     half = run_main(name, run_name="half", updates=2, **flags)
     run_main(name, resume=half, updates=4, run_name="half", **flags)
-    assert read_metrics(half) == read_metrics(whole) and read_samples(half)[-4:] == read_samples(whole)[-4:]
+    assert (
+        read_metrics(half) == read_metrics(whole)
+        and read_samples(half)[-4:] == read_samples(whole)[-4:]
+    )
     kl = pd.read_csv(whole / "metrics.csv")["objective/kl_ref"].tolist()
     assert kl[1] == pytest.approx(0.0, abs=1e-4) and abs(kl[4]) > 1e-4
     state = torch.load(whole / "checkpoints" / "000004" / "state.pt", weights_only=True)
     assert state["adapters"] and all("lora_" in key for key in state["adapters"])
     backbone = [key for key in state.get("critic", {}) if key.startswith("backbone.")]
     assert all("lora_" in key for key in backbone)
-    start = AutoModelForCausalLM.from_pretrained(json.loads((whole / "args.json").read_text())["model"])
+    start = AutoModelForCausalLM.from_pretrained(
+        json.loads((whole / "args.json").read_text())["model"]
+    )
     trained = AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / "000004" / "policy")
-    same = {key: torch.equal(value, trained.state_dict()[key]) for key, value in start.state_dict().items()}
+    same = {
+        key: torch.equal(value, trained.state_dict()[key])
+        for key, value in start.state_dict().items()
+    }
     assert same["model.embed_tokens.weight"] and not same["model.layers.0.self_attn.q_proj.weight"]
 
 
 def test_a_run_goes_on_with_or_without_lora_as_it_began(run_main):
     folder = run_main("grpo_baseline", updates=1)
-    with pytest.raises(SystemExit, match="--lora-rank: the run was made without LoRA and cannot go on otherwise"):
+    with pytest.raises(
+        SystemExit, match="--lora-rank: the run was made without LoRA and cannot go on otherwise"
+    ):
         run_main("grpo_baseline", resume=folder, updates=2, lora_rank=2)
 
 
@@ -97,9 +123,14 @@ def test_lora_in_bfloat16_and_with_a_learned_head(run_main):
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_chunks_change_nothing_but_memory(script, rows, monkeypatch):
-    """Values and gradients are those of all logits at once, and never more than `rows` rows of them exist."""
+    """Values and gradients are those of all logits at once, and never more than `rows` rows of them
+    exist."""
     torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(8, 20, bias=False), torch.randn(10, 8), torch.randint(20, (10,))
+    head, hidden, targets = (
+        torch.nn.Linear(8, 20, bias=False),
+        torch.randn(10, 8),
+        torch.randint(20, (10,)),
+    )
     results, seen = [], []
     head.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
     for at_once in (10**9, rows * 20):

@@ -1,4 +1,5 @@
-"""Every noise channel: its rate, what it flips, that it is reproducible and independent of the method."""
+"""Every noise channel: its rate, what it flips, that it is reproducible and independent of the
+method."""
 
 import csv
 from collections import Counter
@@ -11,9 +12,9 @@ import grpo_baseline
 import ppo_baseline as ppo
 import vrpo_math
 from tests.conftest import ROOT, SCRIPTS
-from utils.problems import Problem
-from utils.tasks import MathTask
-from utils.votes import majority_vote
+from utils.world.problems import Problem
+from utils.world.tasks import MathTask
+from utils.world.votes import majority_vote
 
 N = 4000
 KEYS = [f"prompt {i // 4}" for i in range(N)]
@@ -62,9 +63,9 @@ def test_asymmetric_rates_and_youden_j():
 
 def test_gaussian():
     observed = torch.tensor(observe("gaussian", noise_sigma=0.5)) - torch.tensor(CLEAN)
-    assert observed.mean().item() == pytest.approx(0, abs=0.03) and observed.std().item() == pytest.approx(
-        0.5, abs=0.03
-    )
+    assert observed.mean().item() == pytest.approx(
+        0, abs=0.03
+    ) and observed.std().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_persistent_errs_on_the_same_prompts_in_every_update_and_group_does_not():
@@ -77,21 +78,23 @@ def test_persistent_errs_on_the_same_prompts_in_every_update_and_group_does_not(
 def test_length_makes_false_positives_of_long_answers_only():
     flipped = [i for i, f in enumerate(flips(observe("length", noise_rate=0.5))) if f]
     assert flipped and all(CLEAN[i] == 0 and LENGTHS[i] > 30 for i in flipped)
-    assert rate(observe("length", noise_rate=0.5), where=lambda i: CLEAN[i] == 0 and LENGTHS[i] > 30) == pytest.approx(
-        0.5, abs=0.06
-    )
+    assert rate(
+        observe("length", noise_rate=0.5), where=lambda i: CLEAN[i] == 0 and LENGTHS[i] > 30
+    ) == pytest.approx(0.5, abs=0.06)
 
 
 def test_random_is_a_coin_whatever_the_answer():
     for clean in ([0.0] * N, [1.0] * N):
         assert sum(observe("random", clean=clean)) / N == pytest.approx(0.5, abs=0.03)
     observed = observe("random")
-    assert ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))["reward/youden_j"] == pytest.approx(
-        0, abs=0.04
-    )
+    assert ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))[
+        "reward/youden_j"
+    ] == pytest.approx(0, abs=0.04)
 
 
-@pytest.mark.parametrize("noise", ["symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random"])
+@pytest.mark.parametrize(
+    "noise", ["symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random"]
+)
 def test_reproducible_seeded_and_the_same_for_every_method(noise):
     first = observe(noise)
     assert first == observe(noise)
@@ -101,12 +104,17 @@ def test_reproducible_seeded_and_the_same_for_every_method(noise):
 
 
 def test_majority_vote(tmp_path):
-    """Three samples of four prompts: the majority is right for one and wrong for the next, one has no reference, one no answer.
-    What was sampled before a stop is not sampled again."""
+    """Three samples of four prompts: the majority is right for one and wrong for the next, one has
+    no reference, one no answer. What was sampled before a stop is not sampled again."""
     answers = {
         "a": ["#### 1", "#### 2", "#### 2.0"], "b": ["no answer", "#### 7", "#### 7"], "c": ["", "", "#### 3"], "d": ["", "", "?"],
     }  # fmt: skip
-    problems = [Problem("a", "2", []), Problem("b", "8", []), Problem("c", None, []), Problem("d", None, [])]
+    problems = [
+        Problem("a", "2", []),
+        Problem("b", "8", []),
+        Problem("c", None, []),
+        Problem("d", None, []),
+    ]
     played, said = [], []
 
     def play(problems):
@@ -114,7 +122,9 @@ def test_majority_vote(tmp_path):
         for p in problems:
             counts[p.key] += 1
             played.append(p.key)
-            yield SimpleNamespace(problem=p, completions=[answers[p.key][counts[p.key] - 1]], finished=True)
+            yield SimpleNamespace(
+                problem=p, completions=[answers[p.key][counts[p.key] - 1]], finished=True
+            )
 
     task, args = MathTask([], [], {}), ppo.Args(vote_samples=3, rollout_batch_size=3)
     run = SimpleNamespace(folder=tmp_path, print=said.append, doing=lambda what: None)
@@ -124,7 +134,11 @@ def test_majority_vote(tmp_path):
     file.write_text(file.read_text() + '{"key": "c", "lab')  # killed while writing
     assert majority_vote(play, task, problems, args, run) == {"a": "2", "b": "7", "c": "3", "d": ""}
     assert len(played) == 12 and "1 without an answer" in said[-1]
-    assert majority_vote(play, task, problems[2:], args, run) and "no references" in said[-1] and len(played) == 12
+    assert (
+        majority_vote(play, task, problems[2:], args, run)
+        and "no references" in said[-1]
+        and len(played) == 12
+    )
 
 
 def test_without_a_reference_no_metric_pretends_to_know_the_truth(script):
@@ -137,7 +151,10 @@ def test_without_a_reference_no_metric_pretends_to_know_the_truth(script):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_advantage_noise_of_a_run(name, run_main):
     """None without reward errors; with a coin the advantages hardly follow the truth."""
-    flags = {"model": str(ROOT / "assets" / "tiny_math"), "dataset": str(ROOT / "assets" / "data" / "tiny_math")}
+    flags = {
+        "model": str(ROOT / "assets" / "tiny_math"),
+        "dataset": str(ROOT / "assets" / "data" / "tiny_math"),
+    }
     flags |= {
         "updates": 1,
         "prompts_per_update": 16,

@@ -1,4 +1,5 @@
-"""The noise benchmark: its experiments are what they say, its runs can be stopped, and its report's numbers are right."""
+"""The noise benchmark: its experiments are what they say, its runs can be stopped, and its report's
+numbers are right."""
 
 import csv
 import importlib
@@ -15,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.run import check_flags
-from utils.tasks import DEFAULTS
+from utils.world.tasks import DEFAULTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import experiments  # noqa: E402
@@ -37,11 +38,24 @@ def test_every_run_of_an_experiment_has_valid_flags(name):
     e = experiments.EXPERIMENTS[name]
     varied = [m.flags for m in e.methods.values()] + list(e.arms.values()) + list(e.extra.values())
     args = [
-        vars(importlib.import_module(job.script).Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
+        vars(
+            importlib.import_module(job.script).Args(
+                **{**DEFAULTS[job.flags.get("task", "math")], **job.flags}
+            )
+        )
         for job in jobs
     ]
-    shared = set.intersection(*map(set, args)) - {"seed"} - {word for flags in varied for word in flags}
-    assert {"updates", "prompts_per_update", "epochs", "train_split", "eval_size", "samples_per_prompt"} <= shared
+    shared = (
+        set.intersection(*map(set, args)) - {"seed"} - {word for flags in varied for word in flags}
+    )
+    assert {
+        "updates",
+        "prompts_per_update",
+        "epochs",
+        "train_split",
+        "eval_size",
+        "samples_per_prompt",
+    } <= shared
     assert all(a[word] == args[0][word] for a in args for word in shared)
     channels = {}
     for job, a in zip(jobs, args, strict=True):
@@ -51,7 +65,13 @@ def test_every_run_of_an_experiment_has_valid_flags(name):
 
 def test_the_grid():
     e = experiments.EXPERIMENTS["noise_grid"]
-    assert len(e.methods) >= 9 and len(e.arms) >= 8 and len(e.seeds) >= 5 and "coin" in e.arms and "no noise" in e.arms
+    assert (
+        len(e.methods) >= 9
+        and len(e.arms) >= 8
+        and len(e.seeds) >= 5
+        and "coin" in e.arms
+        and "no noise" in e.arms
+    )
     assert {method.script for method in e.methods.values()} == {
         "ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline",
     }  # fmt: skip
@@ -61,7 +81,10 @@ def test_the_grid():
         assert len(set(digests)) == len(digests) - (arm == "no noise")
     for arm in ("false positives", "false negatives", "symmetric 0.2"):
         flags = e.arms[arm]
-        rates = [flags.get(f"false_{sign}_rate", flags.get("noise_rate")) for sign in ("positive", "negative")]
+        rates = [
+            flags.get(f"false_{sign}_rate", flags.get("noise_rate"))
+            for sign in ("positive", "negative")
+        ]
         assert 1 - sum(rates) == pytest.approx(0.6)  # the same J
         assert list(e.extra["corrected GRPO", arm].values()) == rates
     assert not set(experiments.EXPERIMENTS["tuning"].seeds) & set(e.seeds)
@@ -92,7 +115,8 @@ def read(file):
 
 
 def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_main, tmp_path):
-    """Interrupted in the middle of a run and continued, its rows are those of one go. A run under two names is made once."""
+    """Interrupted in the middle of a run and continued, its rows are those of one go. A run under
+    two names is made once."""
     tiny["updates"] = 14
     job = bench.jobs_of("one")[0]
     saved = job.folder / "checkpoints"
@@ -108,7 +132,9 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
         bench.main(bench.Args(("one",), workers=1))
     thread.join()
     assert not (tmp_path / "results").exists()
-    assert 1 < len((job.folder / "metrics.csv").read_text().splitlines()) - 1 < 14  # it had saved and left
+    assert (
+        1 < len((job.folder / "metrics.csv").read_text().splitlines()) - 1 < 14
+    )  # it had saved and left
     monkeypatch.setattr(bench, "commit", lambda: "later")
     bench.main(bench.Args(("one", "two", "one"), arms=("a",)))
     rows = read(tmp_path / "results" / "one.csv")
@@ -136,7 +162,10 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     assert read(tmp_path / "results" / "whole.csv") == rows
     bench.main(bench.Args(("one", "two"), arms=("a",), keep=tmp_path / "kept"))
     kept = {p.parent.name: p.read_bytes() for p in (tmp_path / "kept").glob("*/metrics.csv")}
-    assert set(kept) == {"ppo-a-1", "my-ppo-a-1"} and kept["ppo-a-1"] == (whole / "metrics.csv").read_bytes()
+    assert (
+        set(kept) == {"ppo-a-1", "my-ppo-a-1"}
+        and kept["ppo-a-1"] == (whole / "metrics.csv").read_bytes()
+    )
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path):
@@ -154,14 +183,26 @@ def test_training_metrics_are_means_since_the_evaluation_before(tiny, tmp_path):
     lines = [
         "update,charts/episodes,eval/response_length,eval/accuracy,reward/clean,time/rollout,time/score,time/update"
     ]
-    lines += ["0,0,9,0.1,,,,", "1,8,,,0.2,1,1,1", "2,16,,,0.4,1,1,1", "3,24,9,0.5,0.6,1,1,2", "4,32,8,0.7,0.9,1,1,1"]
+    lines += [
+        "0,0,9,0.1,,,,",
+        "1,8,,,0.2,1,1,1",
+        "2,16,,,0.4,1,1,1",
+        "3,24,9,0.5,0.6,1,1,2",
+        "4,32,8,0.7,0.9,1,1,1",
+    ]
     file = job.folder / "metrics.csv"
     file.write_text("\n".join(lines[:-1]))
     assert bench.read_rows(job) == []  # not yet finished
     file.write_text("\n".join(lines))
     rows = bench.read_rows(job)
-    assert [row["update"] for row in rows] == [0, 3, 4] and [row["episodes"] for row in rows] == [0, 24, 32]
-    assert [row["eval/accuracy"] for row in rows] == [0.1, 0.5, 0.7] and [row["seconds"] for row in rows] == [0, 10, 3]
+    assert [row["update"] for row in rows] == [0, 3, 4] and [row["episodes"] for row in rows] == [
+        0,
+        24,
+        32,
+    ]
+    assert [row["eval/accuracy"] for row in rows] == [0.1, 0.5, 0.7] and [
+        row["seconds"] for row in rows
+    ] == [0, 10, 3]
     assert rows[1]["reward/clean"] == pytest.approx(0.4) and rows[2]["reward/clean"] == 0.9
 
 
@@ -169,7 +210,9 @@ def test_a_run_that_died_before_its_first_update_goes_on(tiny):
     job = bench.jobs_of("one")[0]
     job.folder.mkdir(parents=True)
     (job.folder / "args.json").write_text('{"updates": 4}')
-    (job.folder / "metrics.csv").write_text("update,charts/episodes,eval/response_length,eval/accuracy\n0,0,9,0.1\n")
+    (job.folder / "metrics.csv").write_text(
+        "update,charts/episodes,eval/response_length,eval/accuracy\n0,0,9,0.1\n"
+    )
     assert bench.read_rows(job) == []
 
 
@@ -181,7 +224,8 @@ def test_two_at_a_time_are_refused(tiny):
 
 
 def test_a_run_that_is_left_behind_keeps_others_out(tiny):
-    """Its run.py is gone, it still holds the lock, and SIGTERM reaches it although the process it was forked from ignores that."""
+    """Its run.py is gone, it still holds the lock, and SIGTERM reaches it although the process it
+    was forked from ignores that."""
     tiny["updates"] = 1000
     job, workers = bench.jobs_of("one")[0], bench.Workers()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -218,30 +262,43 @@ def test_statistics_by_hand():
     assert report.iqm(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == 2.0  # the middle three of five
     middle, low, high = report.summary(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert middle == 3 and 1 <= low < 3 < high <= 5
-    assert report.summary(np.array([0.2, 0.9, 0.4])) == pytest.approx((0.5, 0.2, 0.9))  # few: mean and range
+    assert report.summary(np.array([0.2, 0.9, 0.4])) == pytest.approx(
+        (0.5, 0.2, 0.9)
+    )  # few: mean and range
     assert report.cell(report.summary(np.array([0.4]))) == "0.400"
     assert report.cell(report.student(np.array([]))) == "" == report.cell_of(np.array([]), 3)
     assert report.cell_of(np.array([0.2, 0.4]), 3) == "0.300 (0.200 to 0.400) of 2"
     x, y = np.array([[3.0, 4.0]]), np.array([[1.0, 3.0]])
     assert report.improvement(x, y)[0] == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-    assert report.improvement(np.concatenate([x, y]), np.concatenate([y, x]))[0] == pytest.approx(0.5)
+    assert report.improvement(np.concatenate([x, y]), np.concatenate([y, x]))[0] == pytest.approx(
+        0.5
+    )
     assert np.isnan(report.improvement(x, y)[1:]).all()  # of two seeds there is no interval
-    # of five seeds the first three win: resampled, the share of winners among five draws is binomial(5, 0.6) / 5
+    # of five seeds the first three win: resampled, the share of winners among five draws is
+    # binomial(5, 0.6) / 5
     won, lost = np.full((2, 5), 1.0), np.zeros((2, 5))
     won[:, 3:] = -1.0
     middle, low, high = report.improvement(won, lost)
     assert middle == pytest.approx(0.6) and (low, high) == pytest.approx((0.2, 1.0))
     mean, low, high = report.student(np.array([1.0, 2.0, 3.0]))  # 2 +- 4.303 / sqrt(3)
-    assert mean == 2 and (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert mean == 2 and (low, high) == pytest.approx(
+        (2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4
+    )
     pairs = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.0))
-    assert [report.verdict(*pair) for pair in pairs] == ["better", "worse", "not told apart", "not told apart"]
+    assert [report.verdict(*pair) for pair in pairs] == [
+        "better",
+        "worse",
+        "not told apart",
+        "not told apart",
+    ]
     for few in (np.array([]), np.array([0.3]), np.array([0.3, 0.31])):
         assert report.verdict(*report.student(few)[1:]) == "too few seeds"
 
 
 @pytest.fixture
 def made_up(monkeypatch, tmp_path):
-    """A grid with made-up results: VRPO gains 0.3, PPO 0.1 but peaks at 0.9 before, GRPO the same as VRPO with more noise between seeds."""
+    """A grid with made-up results: VRPO gains 0.3, PPO 0.1 but peaks at 0.9 before, GRPO the same
+    as VRPO with more noise between seeds."""
     rows = []
     for job in bench.jobs_of("noise_grid", (1, 2, 3)):
         wobble = 0.01 * job.seed
@@ -270,11 +327,15 @@ def test_report_of_a_grid(made_up, tmp_path):
         and text.endswith("<!-- /noise_grid -->\nbelow\n")
         and "stale" not in text
     )
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    rows = {
+        line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")
+    }
     expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) | not told apart |"
     twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
     assert rows["symmetric 0.2"] == f"{expected} {twice}"
-    assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith("| VRPO | 0.770 (")  # last of its rows
+    assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith(
+        "| VRPO | 0.770 ("
+    )  # last of its rows
     assert "| PPO | 0.570 | 0.570 |" in text and "Lost" not in text
     whole = (tmp_path / "results" / "noise_grid.md").read_text()
     assert (
@@ -302,12 +363,19 @@ def test_rows_of_other_flags_are_left_out(made_up, capsys):
 
 
 def test_report_of_a_part_of_the_grid(made_up):
-    """Three arms of two seeds, one run of them missing: no averages over arms, and the table says what it is made of."""
+    """Three arms of two seeds, one run of them missing: no averages over arms, and the table says
+    what it is made of."""
     frame = pd.read_csv(made_up)
-    frame = frame[frame["arm"].isin(["no noise", "symmetric 0.1", "symmetric 0.2"]) & (frame["seed"] < 3)]
-    frame[(frame["arm"] != "no noise") | (frame["method"] != "PPO") | (frame["seed"] < 2)].to_csv(made_up, index=False)
+    frame = frame[
+        frame["arm"].isin(["no noise", "symmetric 0.1", "symmetric 0.2"]) & (frame["seed"] < 3)
+    ]
+    frame[(frame["arm"] != "no noise") | (frame["method"] != "PPO") | (frame["seed"] < 2)].to_csv(
+        made_up, index=False
+    )
     text = report.tables("noise_grid", report.report("noise_grid"))
-    assert text.startswith("53 of 450 runs so far.") and "Last score (mean and range, 2 seeds)" in text
+    assert (
+        text.startswith("53 of 450 runs so far.") and "Last score (mean and range, 2 seeds)" in text
+    )
     assert "| PPO | 0.560 of 1 | 0.565 (0.560 to 0.570) |" in text
     assert "Over the 8 arms other than no noise and coin: not yet" in text
     assert "| no noise | +0.200 | too few seeds |" in text
@@ -317,10 +385,13 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     rows = []
     for job in bench.jobs_of("gae_lambda", (1, 2, 3)):
         accuracy = (
-            0.5 + 0.01 * job.seed + (0.2 if job.method == "VRPO, lambda 0.5" else 0.1 * job.method.startswith("VRPO"))
+            0.5
+            + 0.01 * job.seed
+            + (0.2 if job.method == "VRPO, lambda 0.5" else 0.1 * job.method.startswith("VRPO"))
         )
         rows.append(
-            dict(zip(bench.KEY, job.key, strict=True)) | {"update": 1, "episodes": 96, "eval/accuracy": accuracy}
+            dict(zip(bench.KEY, job.key, strict=True))
+            | {"update": 1, "episodes": 96, "eval/accuracy": accuracy}
         )
     pd.DataFrame(rows).to_csv(tmp_path / "gae_lambda.csv", index=False)
     for module in (bench, report):
@@ -330,12 +401,21 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     report.main(report.Args((), readme))
     assert len((tmp_path / "differences.png").read_bytes()) > 20000
     whole = (tmp_path / "gae_lambda.md").read_text().splitlines()
-    only = pd.read_csv(tmp_path / "gae_lambda.csv")  # the runs that others are compared with, and no other
+    only = pd.read_csv(
+        tmp_path / "gae_lambda.csv"
+    )  # the runs that others are compared with, and no other
     only[only["method"] == "PPO, lambda 0.95"].to_csv(tmp_path / "gae_lambda.csv", index=False)
     (tmp_path / "empty").mkdir()
-    report.differences({"gae_lambda": report.by_run(report.load("gae_lambda"))}, tmp_path / "empty" / "differences.png")
+    report.differences(
+        {"gae_lambda": report.by_run(report.load("gae_lambda"))},
+        tmp_path / "empty" / "differences.png",
+    )
     lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| symm")}
-    brief = {line.split(" | ")[0].strip("| "): line for line in readme.read_text().splitlines() if "lambda" in line}
+    brief = {
+        line.split(" | ")[0].strip("| "): line
+        for line in readme.read_text().splitlines()
+        if "lambda" in line
+    }
     assert (
         brief["VRPO, lambda 0.5"]
         == "| VRPO, lambda 0.5 | 0.720 (0.710 to 0.730) | +0.100 (+0.100 to +0.100) from VRPO, lambda 0.95 |"
@@ -356,12 +436,18 @@ def test_what_a_method_is_compared_with_is_there_and_is_the_default():
         assert all(getattr(default, key) == value for key, value in first.flags.items()), name
 
 
-@pytest.mark.parametrize("name", [name for name in experiments.EXPERIMENTS if len(bench.results(name))])
+@pytest.mark.parametrize(
+    "name", [name for name in experiments.EXPERIMENTS if len(bench.results(name))]
+)
 def test_committed_tables_are_those_of_the_committed_rows(name):
     frame = report.load(name)
     assert len(frame) == len(bench.results(name))  # none of other flags
     assert not frame.duplicated([*bench.KEY, "update"]).any()
     text = report.tables(name, report.by_run(frame))
-    assert (report.RESULTS / f"{name}.md").read_text() == f"{experiments.EXPERIMENTS[name].about}\n\n{text}"
+    assert (
+        report.RESULTS / f"{name}.md"
+    ).read_text() == f"{experiments.EXPERIMENTS[name].about}\n\n{text}"
     readme = (ROOT / "README.md").read_text()
-    assert report.insert(readme, name, report.tables(name, report.by_run(frame), brief=True)) == readme
+    assert (
+        report.insert(readme, name, report.tables(name, report.by_run(frame), brief=True)) == readme
+    )

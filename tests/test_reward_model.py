@@ -1,4 +1,5 @@
-"""The reward model: its loss by hand, training on a toy set, scoring, and the way its scores become rewards."""
+"""The reward model: its loss by hand, training on a toy set, scoring, and the way its scores become
+rewards."""
 
 import math
 import random
@@ -9,8 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.conftest import ROOT
-from utils.dialogue import DialogueTask
-from utils.reward_model import (
+from utils.world.dialogue import DialogueTask
+from utils.world.reward_model import (
     Args,
     RewardModel,
     accuracy,
@@ -45,7 +46,12 @@ def test_bradley_terry_loss_by_hand():
 
 
 def test_scores_do_not_depend_on_the_batch(model):
-    conversations = [talk("Ann has 3 pens.", "3"), talk("x", "y " * 40), talk("a", "b", "c", "d"), talk("?", "#### 7")]
+    conversations = [
+        talk("Ann has 3 pens.", "3"),
+        talk("x", "y " * 40),
+        talk("a", "b", "c", "d"),
+        talk("?", "#### 7"),
+    ]
     together = model.score(conversations)
     model.batch_size = 1
     assert together == pytest.approx(model.score(conversations), abs=1e-5)
@@ -61,7 +67,10 @@ def test_training_ranks_a_toy_set_and_noise_is_counted(model):
     before = accuracy(model, pairs)
     train(model, pairs, Args(epochs=4, batch_size=16, learning_rate=3e-3))
     after = accuracy(model, pairs)
-    assert after["model_against_truth"] == 1.0 > before["model_against_truth"] or before["model_against_truth"] == 1.0
+    assert (
+        after["model_against_truth"] == 1.0 > before["model_against_truth"]
+        or before["model_against_truth"] == 1.0
+    )
     agreed = sum(a for _, _, a in pairs) / len(pairs)
     assert after["annotator_against_truth"] == after["model_against_annotator"] == agreed < 1
 
@@ -108,8 +117,19 @@ def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch,
     """A short training from the embedded policy: saved, loadable, its accuracy reported."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    main(Args(out=tmp_path / "reward", goals=24, held_out_goals=16, max_turns=6, epochs=1, device="cpu"))
+    main(
+        Args(
+            out=tmp_path / "reward",
+            goals=24,
+            held_out_goals=16,
+            max_turns=6,
+            epochs=1,
+            device="cpu",
+        )
+    )
     text = capsys.readouterr().out
-    assert "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
+    assert (
+        "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
+    )
     loaded = load_reward_model(str(tmp_path / "reward"), CPU, 8)
     assert len(loaded.score([talk("calls: A(b)\nHi.", "Which b?")])) == 1

@@ -6,12 +6,12 @@ import random
 import pandas as pd
 import pytest
 
+from assets.make import tiny_science as maker
 from tests.conftest import ROOT, SCRIPTS, read_samples
-from utils import make_tiny_science as maker
-from utils.answers import LETTERS
-from utils.data import lay_out
-from utils.problems import Problem
-from utils.tasks import MathTask, ScienceTask
+from utils.world.answers import LETTERS
+from utils.world.data import lay_out
+from utils.world.problems import Problem
+from utils.world.tasks import MathTask, ScienceTask
 
 EMBEDDED = {
     "task": "science",
@@ -25,12 +25,22 @@ SHORT = Problem("What?", "melted rock", [])
 
 def test_grades():
     task = ScienceTask([], [], {})
-    for text, letter in (("#### B", "B"), ("The answer is (C).", "C"), ("lungs", "B"), ("no idea", "")):
-        assert task.final_answer(ANIMAL, text) == letter and task.grade(ANIMAL, [text]) == float(letter == "B")
+    for text, letter in (
+        ("#### B", "B"),
+        ("The answer is (C).", "C"),
+        ("lungs", "B"),
+        ("no idea", ""),
+    ):
+        assert task.final_answer(ANIMAL, text) == letter and task.grade(ANIMAL, [text]) == float(
+            letter == "B"
+        )
         assert MathTask([], [], {}).grade(ANIMAL, [text]) == task.grade(
             ANIMAL, [text]
         )  # options are options in any task
-    assert task.grade(SHORT, ["granite\n#### the melted rock"]) == 1.0 and task.grade(SHORT, ["#### rock"]) == 0.0
+    assert (
+        task.grade(SHORT, ["granite\n#### the melted rock"]) == 1.0
+        and task.grade(SHORT, ["#### rock"]) == 0.0
+    )
     assert task.final_answer(SHORT, "The answer is 1,000.") == "1000"
 
 
@@ -53,7 +63,8 @@ def test_defaults_go_with_the_task(command, shell):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_majority_votes_on_questions_with_and_without_labels(run_main, tmp_path, capsys, labelled):
-    """Without labels there is no clean reward to report, with options and without, and the run trains all the same."""
+    """Without labels there is no clean reward to report, with options and without, and the run
+    trains all the same."""
     source = ROOT / "assets" / "data" / "tiny_science"
     rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()[:12]]
     if not labelled:
@@ -80,7 +91,8 @@ def test_majority_votes_on_questions_with_and_without_labels(run_main, tmp_path,
 
 
 def test_the_embedded_world_is_consistent():
-    """Exactly one option is right, the checker accepts the right answer, and the pupil often gives another."""
+    """Exactly one option is right, the checker accepts the right answer, and the pupil often gives
+    another."""
     rng = random.Random(0)
     for _ in range(1500):
         question = maker.make_question(rng)
@@ -89,7 +101,9 @@ def test_the_embedded_world_is_consistent():
         problem = Problem("q", answer, [], tuple(question.options))
         if question.options:
             assert question.options.count(answer) == 1 and len(question.options) <= 4
-            problem = Problem("q", LETTERS[question.options.index(answer)], [], tuple(question.options))
+            problem = Problem(
+                "q", LETTERS[question.options.index(answer)], [], tuple(question.options)
+            )
         assert ScienceTask([], [], {}).grade(problem, [text]) == 1.0
         assert lay_out(question.text, question.options).startswith(question.text)
     misled = [
@@ -102,9 +116,14 @@ def test_the_embedded_world_is_consistent():
 
 def test_hand_checked_facts():
     animals = maker.TOPICS[0]
-    assert animals.kind("whale") == "mammal" and maker.believed(animals, "whale", lambda _: True) == "fish"
+    assert (
+        animals.kind("whale") == "mammal"
+        and maker.believed(animals, "whale", lambda _: True) == "fish"
+    )
     for topic in maker.TOPICS:
-        assert set(topic.mistaken) <= set(topic.things()) and set(topic.mistaken.values()) <= set(topic.kinds)
+        assert set(topic.mistaken) <= set(topic.things()) and set(topic.mistaken.values()) <= set(
+            topic.kinds
+        )
         assert all(topic.kind(thing) != wrong for thing, wrong in topic.mistaken.items())
         assert len(topic.things()) == len(set(topic.things()))
         for fact in topic.facts:
@@ -114,9 +133,13 @@ def test_hand_checked_facts():
 
 def test_the_pupil_never_sees_a_test_question():
     test = {
-        json.loads(line)["question"] for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
+        json.loads(line)["question"]
+        for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
     }
-    rows = [json.loads(line) for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
+    ]
     asked = {(row["question"], tuple(sorted(row["choices"]["text"]))) for row in rows}
     seen = {
         (lines[0], tuple(sorted(x[3:] for x in lines[1:])))

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import ppo_baseline as ppo
 from utils.models import Chat, load_policy
-from utils.tasks import load_task
+from utils.world.tasks import load_task
 
 
 @pytest.fixture
@@ -31,15 +31,20 @@ ROWS = [{"problem": f"What is {i} + 1?", "solution": f"#### {i + 1}"} for i in r
 
 def test_columns_are_guessed_or_named(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
-    write(tmp_path, "test.jsonl", [{"problem": "What is 100 + 1?", "solution": "101", "other": "x"}])
+    write(
+        tmp_path, "test.jsonl", [{"problem": "What is 100 + 1?", "solution": "101", "other": "x"}]
+    )
     task = load(chat, tmp_path)
     assert (len(task.train), len(task.test), task.train[3].answer) == (20, 1, "#### 4")
-    with pytest.raises(SystemExit, match="--answer-column: there is no column 'nope'.*problem, solution, other"):
+    with pytest.raises(
+        SystemExit, match="--answer-column: there is no column 'nope'.*problem, solution, other"
+    ):
         load(chat, tmp_path, answer_column="nope")
     write(tmp_path / "odd", "train.jsonl", [{"a": 1}])
     write(tmp_path / "odd", "test.jsonl", [{"a": 1}])
     with pytest.raises(
-        SystemExit, match="--question-column: none of the usual names .* is there; the data set has the columns a"
+        SystemExit,
+        match="--question-column: none of the usual names .* is there; the data set has the columns a",
     ):
         load(chat, tmp_path / "odd")
 
@@ -47,7 +52,12 @@ def test_columns_are_guessed_or_named(chat, tmp_path):
 def test_eval_size_is_the_number_of_problems_that_there_are(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     for wanted, found in ((512, 5), (3, 3)):
-        args = ppo.Args(dataset=str(tmp_path), train_split="train[:75%]", test_split="train[75%:]", eval_size=wanted)
+        args = ppo.Args(
+            dataset=str(tmp_path),
+            train_split="train[:75%]",
+            test_split="train[75%:]",
+            eval_size=wanted,
+        )
         load_task(args, chat)
         assert args.eval_size == found
 
@@ -63,7 +73,9 @@ def test_one_file_can_be_divided_by_slices(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     task = load(chat, tmp_path, train_split="train[:75%]", test_split="train[75%:]")
     assert (len(task.train), len(task.test)) == (15, 5)
-    with pytest.raises(SystemExit, match="--test-split test: no test.jsonl.*found: train.jsonl; slices"):
+    with pytest.raises(
+        SystemExit, match="--test-split test: no test.jsonl.*found: train.jsonl; slices"
+    ):
         load(chat, tmp_path)
 
 
@@ -72,7 +84,10 @@ def test_leaks_and_long_prompts_are_dropped_and_counted(chat, tmp_path):
     write(tmp_path, "test.jsonl", ROWS[:5])
     task = load(chat, tmp_path)
     assert len(task.train) == 15
-    assert task.dropped == {"train problems with too long a prompt": 1, "train problems also in test": 5}
+    assert task.dropped == {
+        "train problems with too long a prompt": 1,
+        "train problems also in test": 5,
+    }
     with pytest.raises(SystemExit, match="--test-split test: no problem is left of 5"):
         load(chat, tmp_path, max_prompt_tokens=1)
 
@@ -100,8 +115,12 @@ def test_data_order_is_a_permutation_per_epoch_keyed_by_seed(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}])
     task = load(chat, tmp_path)
-    epochs = [[p.key for u in range(start, start + 4) for p in task.batch(1, u, 5)] for start in (1, 5)]
-    assert set(epochs[0]) == set(epochs[1]) == {p.key for p in task.train} and epochs[0] != epochs[1]
+    epochs = [
+        [p.key for u in range(start, start + 4) for p in task.batch(1, u, 5)] for start in (1, 5)
+    ]
+    assert (
+        set(epochs[0]) == set(epochs[1]) == {p.key for p in task.train} and epochs[0] != epochs[1]
+    )
     assert [p.key for p in task.batch(1, 3, 5)] == epochs[0][10:15]
     assert task.batch(1, 1, 5) != task.batch(2, 1, 5)
 
@@ -113,7 +132,9 @@ def test_prompt_and_second_turn_follow_the_chat_template(chat, tokenizer):
         {"role": "user", "content": "Now 3"},
     ]
     whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    tokens = chat.prompt_ids("Hi 1") + tokenizer("2<|end|>")["input_ids"] + chat.user_turn_ids("Now 3")
+    tokens = (
+        chat.prompt_ids("Hi 1") + tokenizer("2<|end|>")["input_ids"] + chat.user_turn_ids("Now 3")
+    )
     assert tokenizer.decode(tokens) == whole
 
 
@@ -126,7 +147,8 @@ def test_a_model_without_chat_template(tokenizer, tiny_model):
 
 
 def test_a_template_that_ends_turns_with_text_after_eos(tokenizer, tiny_model):
-    """ChatML, as Qwen and SmolLM2 have it, puts a newline after EOS: it belongs to the user's turn."""
+    """ChatML, as Qwen and SmolLM2 have it, puts a newline after EOS: it belongs to the user's
+    turn."""
     other = AutoTokenizer.from_pretrained(tiny_model)
     other.chat_template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}{% endfor %}"

@@ -79,10 +79,14 @@ def test_reward_sits_on_the_last_chosen_token():
 def test_rewards_of_several_turns():
     mask = pack(TWO_TURNS)["mask"]  # targets 8 1 6 7 9 1
     assert mask.tolist() == [[T, T, F, F, T, T]]
-    assert ppo.place_rewards(torch.tensor([[3.0]]), mask).tolist() == [[0, 0, 0, 0, 0, 3]]  # one score: the last turn's
+    assert ppo.place_rewards(torch.tensor([[3.0]]), mask).tolist() == [
+        [0, 0, 0, 0, 0, 3]
+    ]  # one score: the last turn's
     assert ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
     assert ppo.place_rewards(torch.tensor([[9.0, 2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
-    assert ppo.place_rewards(torch.tensor([[1.0]]), torch.zeros(1, 3, dtype=torch.bool)).tolist() == [[0, 0, 0]]
+    assert ppo.place_rewards(
+        torch.tensor([[1.0]]), torch.zeros(1, 3, dtype=torch.bool)
+    ).tolist() == [[0, 0, 0]]
 
 
 def test_nan_under_the_mask_never_reaches_means_or_losses():
@@ -94,7 +98,11 @@ def test_nan_under_the_mask_never_reaches_means_or_losses():
     leaf = torch.tensor([0.1, 0.2], requires_grad=True)
     logprobs = ppo.spread(leaf, mask)
     loss, _ = ppo.policy_loss(logprobs, bad, bad, weights, 0.2)
-    loss = loss + ppo.value_loss(logprobs, bad, bad, weights, 0.2) + ppo.kl_loss(logprobs, bad, weights)
+    loss = (
+        loss
+        + ppo.value_loss(logprobs, bad, bad, weights, 0.2)
+        + ppo.kl_loss(logprobs, bad, weights)
+    )
     loss.backward()
     assert loss.isfinite() and leaf.grad.isfinite().all()
 
@@ -114,7 +122,8 @@ def test_gae_by_hand():
 
 
 def reference_gae(rewards, values, mask, gamma, lam):
-    """The definition, O(n^2), on the list of chosen tokens: A_i = sum_k (gamma lam)^k delta_{i+k}."""
+    """The definition, O(n^2), on the list of chosen tokens: A_i = sum_k (gamma lam)^k
+    delta_{i+k}."""
     result = torch.zeros_like(values)
     for b in range(len(values)):
         steps = [t for t in range(values.shape[1]) if mask[b, t]]
@@ -140,14 +149,18 @@ def test_gae_against_the_definition_over_turns_and_padding(seed, lam, gamma):
 def test_gae_with_zero_values_and_lambda_one_is_the_discounted_return():
     mask = pack(TWO_TURNS)["mask"]
     rewards = ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
-    assert ppo.gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0).tolist() == [[5, 5, 0, 0, 3, 3]]
+    assert ppo.gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0).tolist() == [
+        [5, 5, 0, 0, 3, 3]
+    ]
 
 
 def test_policy_loss_clips_by_hand():
     # ratios 2, 0.5, 2, 0.5 with advantages 1, 1, -1, -1 and eps 0.2: objectives 1.2, 0.5, -2, -0.8
     logprobs = torch.tensor([[2.0, 0.5, 2.0, 0.5]]).log().requires_grad_()
     weights = torch.full((1, 4), 0.25)
-    loss, stats = ppo.policy_loss(logprobs, torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, -1.0]]), weights, 0.2)
+    loss, stats = ppo.policy_loss(
+        logprobs, torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, -1.0]]), weights, 0.2
+    )
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 2 - 0.8) / 4)
     assert stats["losses/clipfrac"].item() == 1.0
     loss.backward()  # a clipped token gets no gradient: the first and the last
@@ -155,10 +168,18 @@ def test_policy_loss_clips_by_hand():
 
 
 def test_value_loss_and_its_clipping():
-    values, returns, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    values, returns, weights = (
+        torch.tensor([[1.0, 3.0]]),
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[0.5, 0.5]]),
+    )
     assert ppo.value_loss(values, values, returns, weights, None).item() == pytest.approx(2.5)
-    old = torch.tensor([[1.5, 1.0]])  # kept: 1.3 and 1.2, errors 1.69 and 0.04; the larger of each pair counts
-    assert ppo.value_loss(values, old, returns, weights, 0.2).item() == pytest.approx((1.69 + 4) / 2)
+    old = torch.tensor(
+        [[1.5, 1.0]]
+    )  # kept: 1.3 and 1.2, errors 1.69 and 0.04; the larger of each pair counts
+    assert ppo.value_loss(values, old, returns, weights, 0.2).item() == pytest.approx(
+        (1.69 + 4) / 2
+    )
 
 
 def test_kl_estimates_against_torch():
@@ -189,20 +210,25 @@ def test_explained_variance():
 
 
 def test_advantage_noise():
-    """Advantages of rewards 0 and 1 under a flip rate p and a constant critic: of their variance 1 - (1 - 2p)^2 comes from the flips."""
+    """Advantages of rewards 0 and 1 under a flip rate p and a constant critic: of their variance 1
+    - (1 - 2p)^2 comes from the flips."""
     mask = torch.ones(10, 2, dtype=torch.bool)
     mask[3, 1] = mask[7, 1] = False
     clean = torch.tensor([1.0, 0.0] * 5).unsqueeze(1)
     observed = clean.clone()
     observed[:2] = 1 - observed[:2]  # one right and one wrong answer of ten: p = 0.2
     whole = torch.ones_like(mask)
-    assert ppo.advantage_noise(observed.expand(10, 2), clean.expand(10, 2), whole) == pytest.approx(1 - 0.6**2)
+    assert ppo.advantage_noise(observed.expand(10, 2), clean.expand(10, 2), whole) == pytest.approx(
+        1 - 0.6**2
+    )
     bad = torch.where(mask, observed - 0.4, torch.nan)
     pairs = [x.expand(10, 2)[mask].tolist() for x in (observed, clean)]
-    assert ppo.advantage_noise(bad, clean.expand(10, 2), mask) == pytest.approx(1 - statistics.correlation(*pairs) ** 2)
-    assert ppo.advantage_noise(3 * clean.expand(10, 2) - 1, clean.expand(10, 2), mask) == pytest.approx(
-        0
-    )  # scale, shift
+    assert ppo.advantage_noise(bad, clean.expand(10, 2), mask) == pytest.approx(
+        1 - statistics.correlation(*pairs) ** 2
+    )
+    assert ppo.advantage_noise(
+        3 * clean.expand(10, 2) - 1, clean.expand(10, 2), mask
+    ) == pytest.approx(0)  # scale, shift
     assert (
         ppo.advantage_noise(1 - clean.expand(10, 2), clean.expand(10, 2), whole) == 1
     )  # all inverted: nothing follows
@@ -213,19 +239,30 @@ def test_advantage_noise():
 
 
 def test_group_advantages_by_hand():
-    scores = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])  # groups of three: (1, 0, 0) and (1, 1, 1)
+    scores = torch.tensor(
+        [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    )  # groups of three: (1, 0, 0) and (1, 1, 1)
     std = (2 / 9) ** 0.5 * (3 / 2) ** 0.5
     expected = torch.tensor([2 / 3, -1 / 3, -1 / 3]) / (std + 1e-4)
-    assert torch.allclose(grpo.group_advantages(scores, 3, "grpo"), torch.cat([expected, torch.zeros(3)]))
-    assert torch.allclose(grpo.group_advantages(scores, 3, "dr_grpo")[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3]))
-    assert torch.allclose(grpo.group_advantages(scores, 3, "rloo")[:3], torch.tensor([1.0, -0.5, -0.5]))
-    assert (grpo.group_advantages(scores, 3, "reinforce_pp") == scores).all()  # whitened over the tokens in main()
+    assert torch.allclose(
+        grpo.group_advantages(scores, 3, "grpo"), torch.cat([expected, torch.zeros(3)])
+    )
+    assert torch.allclose(
+        grpo.group_advantages(scores, 3, "dr_grpo")[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3])
+    )
+    assert torch.allclose(
+        grpo.group_advantages(scores, 3, "rloo")[:3], torch.tensor([1.0, -0.5, -0.5])
+    )
+    assert (
+        grpo.group_advantages(scores, 3, "reinforce_pp") == scores
+    ).all()  # whitened over the tokens in main()
     for kind in ("grpo", "dr_grpo", "rloo"):
         assert (grpo.group_advantages(scores, 1, kind) == 0).all()
 
 
 def test_grpo_matches_the_formula_of_trl():
-    """TRL's GRPOTrainer: (r - r.view(-1, G).mean(1)) / (r.view(-1, G).std(1) + 1e-4), std unbiased."""
+    """TRL's GRPOTrainer: (r - r.view(-1, G).mean(1)) / (r.view(-1, G).std(1) + 1e-4), std
+    unbiased."""
     torch.manual_seed(0)
     r = torch.rand(24)
     mean, std = (f(r.view(-1, 8), 1).repeat_interleave(8) for f in (torch.mean, torch.std))
@@ -246,9 +283,9 @@ def test_noise_correction_is_unbiased():
     fn, fp = 0.3, 0.1
     for clean in (0.0, 1.0):
         p_one = 1 - fn if clean else fp
-        expected = p_one * grpo.correct_noise(torch.tensor(1.0), fn, fp) + (1 - p_one) * grpo.correct_noise(
-            torch.tensor(0.0), fn, fp
-        )
+        expected = p_one * grpo.correct_noise(torch.tensor(1.0), fn, fp) + (
+            1 - p_one
+        ) * grpo.correct_noise(torch.tensor(0.0), fn, fp)
         assert expected.item() == pytest.approx(clean, abs=1e-6)
 
 
@@ -273,7 +310,9 @@ def test_most_uncertain_takes_exactly_the_share():
 
 def test_semantic_losses_by_hand():
     entropy, logprobs = torch.tensor([[0.5, 0.1]]), torch.tensor([[-2.0, -4.0]])
-    ent, ppl = vrpo.semantic_losses(entropy, logprobs, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+    ent, ppl = vrpo.semantic_losses(
+        entropy, logprobs, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
+    )
     assert (ent.item(), ppl.item()) == (pytest.approx(0.5), pytest.approx(3.0))
 
 
@@ -318,7 +357,9 @@ def test_distributional_gae():
         assert torch.equal(each[..., j], ppo.gae(rewards, quantiles[..., j], mask, 0.9, 0.8))
     alone = dvpo.distributional_gae(rewards, quantiles[..., :1], mask, 0.9, 0.8)[..., 0]
     assert torch.equal(alone, ppo.gae(rewards, quantiles[..., 0], mask, 0.9, 0.8))
-    assert torch.allclose(each.mean(-1), ppo.gae(rewards, quantiles.mean(-1), mask, 0.9, 0.8), atol=1e-6)
+    assert torch.allclose(
+        each.mean(-1), ppo.gae(rewards, quantiles.mean(-1), mask, 0.9, 0.8), atol=1e-6
+    )
 
 
 def test_dvpo_targets_are_the_observed_return_with_lambda_one():
@@ -347,13 +388,23 @@ def test_tail_losses_are_zero_exactly_when_their_condition_holds():
     wide, narrow = (-1.0, 0.0, 1.0), (0.5, 0.0, -0.5)
     up = (1.0, 1.0, 1.0)
     for loss, zero, above in (
-        (dvpo.cvar_loss, [moved(), moved(low=wide), moved(high=up, middle=2.0)], {2.0: moved(low=(2.0, 1.0, 3.0))}),
-        (dvpo.gain_loss, [moved(), moved(high=wide), moved(low=up, middle=2.0)], {1.0: moved(high=up)}),
+        (
+            dvpo.cvar_loss,
+            [moved(), moved(low=wide), moved(high=up, middle=2.0)],
+            {2.0: moved(low=(2.0, 1.0, 3.0))},
+        ),
+        (
+            dvpo.gain_loss,
+            [moved(), moved(high=wide), moved(low=up, middle=2.0)],
+            {1.0: moved(high=up)},
+        ),
     ):
         assert all(loss(theta, target, share).item() == 0 for theta in zero)
         for shift, theta in above.items():
             assert loss(theta, target, share).item() == pytest.approx(shift**2)
-    assert dvpo.shift_loss(target, target).item() == dvpo.shift_loss(target + 0.5, target).item() == 0
+    assert (
+        dvpo.shift_loss(target, target).item() == dvpo.shift_loss(target + 0.5, target).item() == 0
+    )
     assert dvpo.shift_loss(target - 0.5, target).item() == pytest.approx(0.5)
     for theta in (
         moved(),
@@ -369,7 +420,8 @@ def test_tail_losses_are_zero_exactly_when_their_condition_holds():
 
 
 def test_curvature_loss():
-    """The lower tail may bend down (second differences below zero), the upper one up: a heavy tail is both."""
+    """The lower tail may bend down (second differences below zero), the upper one up: a heavy tail
+    is both."""
     straight = torch.arange(10.0).view(1, 1, 10)
     heavy = (straight - 4.5) ** 3  # odd and convex above: second differences rise through zero
     assert dvpo.curvature_loss(straight, 0.3).item() == dvpo.curvature_loss(heavy, 0.3).item() == 0
@@ -396,22 +448,33 @@ def test_tails_have_one_quantile_at_least():
 
 
 def test_contaminated_gae_by_hand():
-    # V = 1, 2, 3, reward 10 at the end, gamma 1, lambda 0, rho 0.5: backups 1, 1.5, 2; deltas 1.5 - 1, 2 - 2, 10 - 3
-    values, rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 10.0]]), torch.ones(1, 3).bool()
+    # V = 1, 2, 3, reward 10 at the end, gamma 1, lambda 0, rho 0.5: backups 1, 1.5, 2; deltas 1.5 -
+    # 1, 2 - 2, 10 - 3
+    values, rewards, mask = (
+        torch.tensor([[1.0, 2.0, 3.0]]),
+        torch.tensor([[0.0, 0.0, 10.0]]),
+        torch.ones(1, 3).bool(),
+    )
     assert robust.gae(rewards, values, mask, 1.0, 0.0, 0.5).tolist() == [[0.5, 0.0, 7.0]]
-    # with lambda 1 half of what follows is lost to the worst state, value 1: returns 10, (10 + 1) / 2, (5.5 + 1) / 2
+    # with lambda 1 half of what follows is lost to the worst state, value 1: returns 10, (10 + 1) /
+    # 2, (5.5 + 1) / 2
     returns = robust.gae(rewards, values, mask, 1.0, 1.0, 0.5) + values
     assert returns.tolist() == [[3.25, 5.5, 10.0]]
-    assert torch.equal(robust.gae(rewards, values, mask, 0.9, 0.8, 0.0), ppo.gae(rewards, values, mask, 0.9, 0.8))
+    assert torch.equal(
+        robust.gae(rewards, values, mask, 0.9, 0.8, 0.0), ppo.gae(rewards, values, mask, 0.9, 0.8)
+    )
     # the worst state of the batch is sought where the policy chose
     values, mask = torch.tensor([[-9.0, 2.0, 3.0]]), torch.tensor([[F, T, T]])
     assert robust.gae(rewards, values, mask, 1.0, 0.0, 1.0).tolist() == [[0.0, 0.0, 7.0]]
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.sampled_from([0.05, 0.3, 1.0]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.sampled_from([0.05, 0.3, 1.0])
+)
 def test_contaminated_targets_stay_between_rewards_and_values(seed, lam, rho):
-    """A target is a mean of what the episode paid and of values, so it runs away in no number of backups."""
+    """A target is a mean of what the episode paid and of values, so it runs away in no number of
+    backups."""
     torch.manual_seed(seed)
     values, mask = torch.rand(8, 40), torch.rand(8, 40) < 0.8
     rewards = ppo.place_rewards(torch.randint(2, (8, 1)).float(), mask)
@@ -420,14 +483,20 @@ def test_contaminated_targets_stay_between_rewards_and_values(seed, lam, rho):
 
 
 def test_conservative_gap_by_hand():
-    values = torch.tensor([[0.0, 3.0, 99.0], [1.0, 1.0, 1.0], [float("nan"), 5.0, 5.0]], requires_grad=True)
+    values = torch.tensor(
+        [[0.0, 3.0, 99.0], [1.0, 1.0, 1.0], [float("nan"), 5.0, 5.0]], requires_grad=True
+    )
     mask = torch.tensor([[T, T, F], [F, F, F], [F, T, T]])
     gap = robust.conservative_gap(values, mask)
     log = torch.tensor(0.0).logaddexp(torch.tensor(3.0)) - 1.5
-    assert torch.allclose(gap, torch.stack([log, torch.tensor(0.0), torch.tensor(2.0).log()]).unsqueeze(1))
+    assert torch.allclose(
+        gap, torch.stack([log, torch.tensor(0.0), torch.tensor(2.0).log()]).unsqueeze(1)
+    )
     gap.sum().backward()
     share = torch.tensor(3.0).sigmoid().item()
-    assert values.grad[0].tolist() == pytest.approx([0.5 - share, share - 0.5, 0])  # what stands out is lowered
+    assert values.grad[0].tolist() == pytest.approx(
+        [0.5 - share, share - 0.5, 0]
+    )  # what stands out is lowered
     assert values.grad[1:].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
@@ -443,9 +512,16 @@ def test_ensemble_min_takes_the_lowest_head(tiny_model):
     batch = pack(ROWS)
     scores = robust.score_tokens(policy, None, critic, batch, args)
     assert torch.allclose(scores["values"], 0.2 * batch["mask"])
-    assert torch.allclose(scores["heads"], torch.tensor([0.5, 0.2, 0.8]) * batch["mask"].unsqueeze(-1))
-    # every head is fitted to the same targets: the mean of the squared errors, in units of the variance
-    part = batch | scores | {"returns": torch.ones(batch["mask"].shape), "weights": ppo.token_weights(batch["mask"])}
+    assert torch.allclose(
+        scores["heads"], torch.tensor([0.5, 0.2, 0.8]) * batch["mask"].unsqueeze(-1)
+    )
+    # every head is fitted to the same targets: the mean of the squared errors, in units of the
+    # variance
+    part = (
+        batch
+        | scores
+        | {"returns": torch.ones(batch["mask"].shape), "weights": ppo.token_weights(batch["mask"])}
+    )
     features = torch.zeros(int(batch["mask"].sum()), policy.config.hidden_size)
     loss, _ = robust.critic_loss(critic, features, part, torch.tensor(0.5), 1, args)
     assert loss.item() == pytest.approx((0.25 + 0.64 + 0.04) / 3 / 0.5)

@@ -7,22 +7,29 @@ import pytest
 
 from tests.conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark" / "speed"))
 import throughput  # noqa: E402
 
 
 def test_floor_of_decoding_by_hand():
-    """One layer: q and o 4 x 4 each, k and v 4 x 2 each, an MLP of 3 x 24: 120 weights, and a head of 40. The prompt of three tokens is read once
-    for both samples, of which the first ends at once and the second takes two steps more, alone, with caches of 4 and 5 tokens."""
+    """One layer: q and o 4 x 4 each, k and v 4 x 2 each, an MLP of 3 x 24: 120 weights, and a head
+    of 40. The prompt of three tokens is read once for both samples, of which the first ends at once
+    and the second takes two steps more, alone, with caches of 4 and 5 tokens."""
     config = SimpleNamespace(
         vocab_size=10, hidden_size=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=6, num_hidden_layers=1
     )  # fmt: skip
     never = float("inf")
-    flops = throughput.decoding_floor(config, [1, 3], [3, 3], 2, {"float32": 1.0, "bytes": never}, "float32")
+    flops = throughput.decoding_floor(
+        config, [1, 3], [3, 3], 2, {"float32": 1.0, "bytes": never}, "float32"
+    )
     assert flops == pytest.approx(2 * 120 * 3 + 2 * 40 * 2 + 2 * (2 * 160))
-    read = throughput.decoding_floor(config, [1, 3], [3, 3], 2, {"float32": never, "bytes": 1.0}, "float32")
+    read = throughput.decoding_floor(
+        config, [1, 3], [3, 3], 2, {"float32": never, "bytes": 1.0}, "float32"
+    )
     assert read == pytest.approx(4 * (160 + 4 * 4) + 4 * (160 + 4 * 5))
-    half = throughput.decoding_floor(config, [1, 3], [3, 3], 2, {"bfloat16": never, "bytes": 1.0}, "bfloat16")
+    half = throughput.decoding_floor(
+        config, [1, 3], [3, 3], 2, {"bfloat16": never, "bytes": 1.0}, "bfloat16"
+    )
     assert half == pytest.approx(read / 2)
 
 
@@ -33,7 +40,11 @@ def test_parts_are_charged_once():
     try:
         owner = SimpleNamespace(inner=lambda: now.__setitem__(0, now[0] + 2.0))
         clock.wrap(owner, "inner", "inner")
-        owner.outer = lambda: (now.__setitem__(0, now[0] + 1.0), owner.inner(), now.__setitem__(0, now[0] + 4.0))
+        owner.outer = lambda: (
+            now.__setitem__(0, now[0] + 1.0),
+            owner.inner(),
+            now.__setitem__(0, now[0] + 4.0),
+        )
         clock.wrap(owner, "outer", "outer")
         clock.since, clock.flops_since = 0.0, 0
         owner.outer()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import ROOT
-from utils import tokens
+from utils.report import tokens
 
 FLAGS = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32, "noise_rate": 0.5}
 
@@ -15,31 +15,43 @@ def records(folder):
 
 
 def test_transcripts_hold_every_token(run_main):
-    """The tokens are those of the conversation, rewards stand on the last of them, and numbers where the policy chose alone."""
+    """The tokens are those of the conversation, rewards stand on the last of them, and numbers
+    where the policy chose alone."""
     row = records(run_main("ppo_baseline", **FLAGS))[0]
     table = row["tokens"]
     assert {len(column) for column in table.values()} == {len(table["text"])}
     assert set(table) == {"text", "chosen", "values", "advantages", "entropy", "rewards"}
-    said = "".join(text for text, chosen in zip(table["text"], table["chosen"], strict=True) if chosen)
+    said = "".join(
+        text for text, chosen in zip(table["text"], table["chosen"], strict=True) if chosen
+    )
     assert row["messages"][1]["content"] in said
     assert table["rewards"][-1] == row["rewards"][-1] and not any(table["rewards"][:-1])
     assert table["values"][-1] == pytest.approx(row["values"][-1], abs=1e-4)
-    assert not any(v for v, chosen in zip(table["advantages"], table["chosen"], strict=True) if not chosen)
+    assert not any(
+        v for v, chosen in zip(table["advantages"], table["chosen"], strict=True) if not chosen
+    )
 
 
 def test_page_and_picture(run_main, tmp_path):
-    """A line for every run and colour; GRPO has no values; questions with a wrong reward come first."""
+    """A line for every run and colour; GRPO has no values; questions with a wrong reward come
+    first."""
     runs = [run_main(name, **FLAGS) for name in ("ppo_baseline", "grpo_baseline")]
     out = tmp_path / "tokens.html"
     tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1))
     page = out.read_text()
     assert (
-        page.count("<h3>") == 2 and page.count("<td>ppo_baseline<br>") == 6 and page.count("<td>grpo_baseline<br>") == 4
+        page.count("<h3>") == 2
+        and page.count("<td>ppo_baseline<br>") == 6
+        and page.count("<td>grpo_baseline<br>") == 4
     )
-    assert "title='values" in page and ("observed 1, true 0" in page or "observed 0, true 1" in page)
+    assert "title='values" in page and (
+        "observed 1, true 0" in page or "observed 0, true 1" in page
+    )
     assert (tmp_path / "tokens.png").stat().st_size > 5000
     groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
-    wrong = [any(tokens.observed(r) != tokens.clean(r) for r in rows.values()) for _, rows in groups]
+    wrong = [
+        any(tokens.observed(r) != tokens.clean(r) for r in rows.values()) for _, rows in groups
+    ]
     assert wrong[0] and len(groups) >= 2
     assert [q for q, _ in groups] == list(dict.fromkeys(q for q, _ in groups))
 
@@ -82,16 +94,32 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
 def test_names_are_what_differs():
     assert tokens.short_names(["runs/a__s__1", "runs/bc__s__1"]) == ["a", "bc"]
     assert tokens.short_names(["runs/a__s__1", "old/a__t__1"]) == ["runs__s", "old__t"]
-    assert tokens.short_names(["x/a", "y/z/b"]) == ["a", "b"] and tokens.short_names(["x/a", "y/z/a"]) == [
+    assert tokens.short_names(["x/a", "y/z/b"]) == ["a", "b"] and tokens.short_names(
+        ["x/a", "y/z/a"]
+    ) == [
         "x/a",
         "y/z/a",
     ]
-    assert tokens.short_names(["runs/a"]) == ["a"] and tokens.short_names(["runs/a", "runs/a"]) == ["runs/a", "runs/a"]
+    assert tokens.short_names(["runs/a"]) == ["a"] and tokens.short_names(["runs/a", "runs/a"]) == [
+        "runs/a",
+        "runs/a",
+    ]
 
 
 def made_up(prompt: str, observed: float, clean: float, text: str = "x") -> dict:
-    table = {"text": [text], "chosen": [True], "entropy": [0.1], "advantages": [0.2], "rewards": [observed]}
-    return {"update": 1, "messages": [{"content": prompt}], "tokens": table, "outcome": {"accuracy": clean}}
+    table = {
+        "text": [text],
+        "chosen": [True],
+        "entropy": [0.1],
+        "advantages": [0.2],
+        "rewards": [observed],
+    }
+    return {
+        "update": 1,
+        "messages": [{"content": prompt}],
+        "tokens": table,
+        "outcome": {"accuracy": clean},
+    }
 
 
 def write(folder, rows):

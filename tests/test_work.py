@@ -1,4 +1,5 @@
-"""How much a script computes in an update, counted: a change that doubles the work or the logits in memory fails here."""
+"""How much a script computes in an update, counted: a change that doubles the work or the logits in
+memory fails here."""
 
 import importlib
 from collections import Counter
@@ -17,15 +18,23 @@ MODEL = str(ROOT / "assets" / "tiny_math")  # its answers differ in length
 
 
 class Work:
-    """Passes and tokens of every use of a decoder, and the largest number of logits that exist at once, in update 1."""
+    """Passes and tokens of every use of a decoder, and the largest number of logits that exist at
+    once, in update 1."""
 
     def __init__(self, vocabulary: int):
-        self.passes, self.tokens, self.logits, self.where = Counter(), Counter(), Counter(), "outside"
+        self.passes, self.tokens, self.logits, self.where = (
+            Counter(),
+            Counter(),
+            Counter(),
+            "outside",
+        )
         self.vocabulary = vocabulary
 
     def count(self, module, args, output):
         if isinstance(module, LlamaModel):
-            kind = "trained" if torch.is_grad_enabled() else "decoded" if module.cached else "scored"
+            kind = (
+                "trained" if torch.is_grad_enabled() else "decoded" if module.cached else "scored"
+            )
             self.passes[self.where, kind] += 1
             self.tokens[self.where, kind] += output.last_hidden_state.shape[:2].numel()
         elif isinstance(output, torch.Tensor) and output.shape[-1] == self.vocabulary:
@@ -75,22 +84,28 @@ def work_of(run_main, monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name, models", [("grpo_baseline", 1), *((name, 2) for name in SCRIPTS if name != "grpo_baseline")]
+    "name, models",
+    [("grpo_baseline", 1), *((name, 2) for name in SCRIPTS if name != "grpo_baseline")],
 )
 def test_passes_and_tokens_of_an_update(work_of, name, models):
-    """`models` is how many transformers are trained: the policy, and the critic where there is one."""
+    """`models` is how many transformers are trained: the policy, and the critic where there is
+    one."""
     work, (first, second) = work_of(name)
     for update, episodes in ((1, first), (2, second)):
-        inputs = sum(len(e.tokens) - 1 for e in episodes)  # with one row in a pass there is no padding
+        inputs = sum(
+            len(e.tokens) - 1 for e in episodes
+        )  # with one row in a pass there is no padding
         assert work.passes[update, "trained"] == models * EPOCHS * EPISODES
         assert work.tokens[update, "trained"] == models * EPOCHS * inputs
-        # before the update: the critic; the policy's log-probabilities are those of sampling, and as the KL to the reference has
-        # no weight, its pass is made in the last update alone, the one that ends with an evaluation
+        # before the update: the critic; the policy's log-probabilities are those of sampling, and
+        # as the KL to the reference has no weight, its pass is made in the last update alone, the
+        # one that ends with an evaluation
         scored = models - 1 + (update == 2)
         assert work.passes[update, "scored"] == scored * EPISODES
         assert work.tokens[update, "scored"] == scored * inputs
     assert work.kl == [False, True]
-    # decoding: every distinct prompt once; then a row takes part until it has ended, or a little longer
+    # decoding: every distinct prompt once; then a row takes part until it has ended, or a little
+    # longer
     answers = [sum(e.chosen) for e in first]
     prompts = {tuple(e.problem.prompt_ids) for e in first}
     read = len(prompts) * max(map(len, prompts))
@@ -107,7 +122,8 @@ def test_a_kl_weight_brings_the_reference_back(work_of):
 
 @pytest.mark.parametrize("micro_batch_size, padded", [(1, False), (2, True), (4, True)])
 def test_padding_is_cut_in_every_micro_batch(work_of, micro_batch_size, padded):
-    """Tokens of the training passes: rows of similar length together, cut to the longest of each micro-batch."""
+    """Tokens of the training passes: rows of similar length together, cut to the longest of each
+    micro-batch."""
     work, (episodes, _) = work_of("grpo_baseline", micro_batch_size=micro_batch_size)
     least = EPOCHS * sum(len(e.tokens) - 1 for e in episodes)
     most = EPOCHS * EPISODES * max(len(e.tokens) - 1 for e in episodes)
@@ -117,7 +133,8 @@ def test_padding_is_cut_in_every_micro_batch(work_of, micro_batch_size, padded):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_logits_at_once(work_of, monkeypatch, tokenizer, name):
-    """However many tokens there are: rollout, scoring, training and evaluation stay below LOGITS_AT_ONCE."""
+    """However many tokens there are: rollout, scoring, training and evaluation stay below
+    LOGITS_AT_ONCE."""
     rows, script = 3, importlib.import_module(name)
     assert script.LOGITS_AT_ONCE == generation.LOGITS_AT_ONCE
     for module in (script, generation):

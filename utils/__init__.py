@@ -1,0 +1,6 @@
+"""Plumbing: the engine here, what the policy meets in world/, what a run tells in report/.
+
+The programs in the two rooms have one short name each: `python -m utils.plot` is report/plot.py.
+"""
+
+__path__ += [f"{__path__[0]}/{room}" for room in ("world", "report")]

@@ -1,4 +1,5 @@
-"""Checkpoints that survive a kill at any moment: written to a temporary name, checked by digest, renamed."""
+"""Checkpoints that survive a kill at any moment: written to a temporary name, checked by digest,
+renamed."""
 
 import hashlib
 import json
@@ -29,16 +30,22 @@ def digests(folder: Path) -> dict[str, str]:
     return result
 
 
-def save_checkpoint(run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2) -> None:
-    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep the newest `keep`. Of a module in
-    `state` what is trained is kept; with LoRA the policy's adapters are in it too, and merged into the weights of `policy/`."""
+def save_checkpoint(
+    run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2
+) -> None:
+    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep
+    the newest `keep`. Of a module in `state` what is trained is kept; with LoRA the policy's
+    adapters are in it too, and merged into the weights of `policy/`."""
     folder = run / "checkpoints" / f"{update:06d}"
     temporary = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     save_policy(policy, temporary / "policy")
     tokenizer.save_pretrained(temporary / "policy")
     adapters = {name: x for name, x in policy.state_dict().items() if "lora_" in name}
-    state = {key: trained_state(value) if isinstance(value, nn.Module) else value for key, value in state.items()}
+    state = {
+        key: trained_state(value) if isinstance(value, nn.Module) else value
+        for key, value in state.items()
+    }
     torch.save({**state, "adapters": adapters}, temporary / "state.pt")
     (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,37 +58,48 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     """Give the policy the weights of a checkpoint; with LoRA its adapters."""
     adapters = state.get("adapters")
     if bool(adapters) != has_adapters(policy):
-        stop(f"--lora-rank: the run was made {'with' if adapters else 'without'} LoRA and cannot go on otherwise")
+        stop(
+            f"--lora-rank: the run was made {'with' if adapters else 'without'} LoRA and cannot go on otherwise"
+        )
     mine = policy.state_dict()
     if adapters and any(mine[name].shape != x.shape for name, x in adapters.items()):
         stop(f"--lora-rank: the run was made with rank {min(next(iter(adapters.values())).shape)}")
-    weights = adapters or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = (
+        adapters or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    )
     policy.load_state_dict(weights, strict=not adapters)
 
 
 def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
     """Give the critic the trained weights of a checkpoint."""
-    saved, own = ({name: x.shape for name, x in d.items()} for d in (state["critic"], trained_state(critic)))
+    saved, own = (
+        {name: x.shape for name, x in d.items()} for d in (state["critic"], trained_state(critic))
+    )
     if saved != own:
-        stop("--resume: the run's critic has other parts or sizes; leave the critic's flags as they were")
+        stop(
+            "--resume: the run's critic has other parts or sizes; leave the critic's flags as they were"
+        )
     critic.load_state_dict(state["critic"], strict=False)
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of the parameters that are trained: what is frozen is loaded again from where it came."""
+    """The state of the parameters that are trained: what is frozen is loaded again from where it
+    came."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; a folder still under its temporary name is none."""
+    """The checkpoint folders of a run, oldest first; a folder still under its temporary name is
+    none."""
     return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
 
 
 def load_checkpoint(
     run: Path | None, device: torch.device, say: Callable[[str], None]
 ) -> tuple[int, Path | None, dict[str, Any] | None]:
-    """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so where it passes over a damaged
-    one. (0, None, None), the beginning, for a fresh run (None) or one that was stopped before its first checkpoint."""
+    """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so
+    where it passes over a damaged one. (0, None, None), the beginning, for a fresh run (None) or
+    one that was stopped before its first checkpoint."""
     if run is None:
         return 0, None, None
     folders = complete_checkpoints(run)

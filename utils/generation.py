@@ -1,8 +1,9 @@
-"""Decoding: what transformers' `generate` would draw, in less time, with the probabilities of what was drawn.
+"""Decoding: what transformers' `generate` would draw, in less time, with the probabilities of what
+was drawn.
 
-What is saved: a prompt that stands several times in a batch is read once; rows that have ended leave the batch; the cache of keys and
-values grows in place; and as the log-probabilities are kept, no further pass of the policy has to find them.
-"""
+What is saved: a prompt that stands several times in a batch is read once; rows that have ended
+leave the batch; the cache of keys and values grows in place; and as the log-probabilities are kept,
+no further pass of the policy has to find them."""
 
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its r
 
 
 class Answer(NamedTuple):
-    """Tokens up to and including the first EOS; for each its log-probability under the tempered policy, and that policy's entropy.
-    A greedy answer is certain: both are 0."""
+    """Tokens up to and including the first EOS; for each its log-probability under the tempered
+    policy, and that policy's entropy. A greedy answer is certain: both are 0."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -26,20 +27,26 @@ class Answer(NamedTuple):
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values (B, H, T, D) as the used part of buffers with room for more: a further token is written in place, where
-    DynamicLayer copies the whole cache. Made for `generate` below: nothing but these methods keeps the buffers in step."""
+    """Keys and values (B, H, T, D) as the used part of buffers with room for more: a further token
+    is written in place, where DynamicLayer copies the whole cache. Made for `generate` below:
+    nothing but these methods keeps the buffers in step."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = self.buffers = key_states[:, :, :0], value_states[:, :, :0]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.keys.shape[2]
         width = used + key_states.shape[2]
         if width > self.buffers[0].shape[2]:
-            self.buffers = tuple(nn.functional.pad(x, (0, 0, 0, width + ROOM - used)) for x in (self.keys, self.values))
+            self.buffers = tuple(
+                nn.functional.pad(x, (0, 0, 0, width + ROOM - used))
+                for x in (self.keys, self.values)
+            )
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, used:width] = new
         self.keys, self.values = (buffer[:, :, :width] for buffer in self.buffers)
@@ -52,23 +59,32 @@ class RoomyLayer(DynamicLayer):
 
 
 def exponential(rows: int, columns: int, device: torch.device) -> Tensor:
-    """The Exp(1) noise (rows, columns) by which `torch.multinomial` chooses, argmax p / noise. On the CPU it is drawn by inversion,
-    which gives the same numbers as `exponential_` in a third of the time."""
+    """The Exp(1) noise (rows, columns) by which `torch.multinomial` chooses, argmax p / noise. On
+    the CPU it is drawn by inversion, which gives the same numbers as `exponential_` in a third of
+    the time."""
     if device.type == "cpu":
         return torch.rand((rows, columns), dtype=torch.float64).neg_().log1p_().neg_().float()
-    return torch.empty((rows, columns), device=device).exponential_().clamp_(min=torch.finfo(torch.float32).tiny)
+    return (
+        torch.empty((rows, columns), device=device)
+        .exponential_()
+        .clamp_(min=torch.finfo(torch.float32).tiny)
+    )
 
 
 def choose(
     head: nn.Module, hidden: Tensor, rows: Tensor, batch: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Next token, its log-probability and the entropy, (N,) each, from the last hidden states (N, D) of the rows `rows` (N,) of a
-    batch, in ascending order. Temperature 0 takes the likeliest token, with certainty.
+    """Next token, its log-probability and the entropy, (N,) each, from the last hidden states (N,
+    D) of the rows `rows` (N,) of a batch, in ascending order. Temperature 0 takes the likeliest
+    token, with certainty.
 
-    Noise is drawn for the whole batch, so that a row's token does not depend on which others have ended, and no more than
-    LOGITS_AT_ONCE logits exist at a time. On a CPU it is `generate`'s noise, however it is cut; on a GPU while a batch is one piece."""
+    Noise is drawn for the whole batch, so that a row's token does not depend on which others have
+    ended, and no more than LOGITS_AT_ONCE logits exist at a time. On a CPU it is `generate`'s
+    noise, however it is cut; on a GPU while a batch is one piece."""
     parts = []
-    for place in torch.arange(batch, device=rows.device).split(max(1, LOGITS_AT_ONCE // head.out_features)):
+    for place in torch.arange(batch, device=rows.device).split(
+        max(1, LOGITS_AT_ONCE // head.out_features)
+    ):
         here = (rows >= place[0]) & (rows <= place[-1])
         logits = head(hidden[here]).float()
         if temperature == 0:
@@ -85,13 +101,20 @@ def choose(
 
 
 @torch.no_grad()
-def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> list[Answer]:
+def generate(
+    policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float
+) -> list[Answer]:
     """The policy's answer to every prompt, of at most max_new_tokens."""
     decoder, device = policy.get_decoder(), policy.device
     cache = DynamicCache(config=policy.config)
-    # rows can be taken out of caches of attention; a model with others decodes its batch as it stands, to the end
-    movable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # rows can be taken out of caches of attention; a model with others decodes its batch as it
+    # stands, to the end
+    movable = all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     prompts = [tuple(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(prompts)) if movable else prompts
     width = max(map(len, distinct))
@@ -104,7 +127,8 @@ def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temper
     positions = (attention.cumsum(1) - 1).clamp(min=0)
 
     def read(tokens: Tensor) -> Tensor:
-        """The last hidden states (N, D) after further tokens (N, T) of every row: the prompts, then one token at a time."""
+        """The last hidden states (N, D) after further tokens (N, T) of every row: the prompts, then
+        one token at a time."""
         nonlocal width
         hidden = decoder(
             input_ids=tokens, attention_mask=attention[:, :width], position_ids=positions[:, width - tokens.shape[1] : width],
@@ -144,5 +168,7 @@ def generate(policy, chat, prompts: list[list[int]], max_new_tokens: int, temper
         hidden = read(new.unsqueeze(1))
     is_eos = torch.isin(answers, eos)
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)
-    found = zip(answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist(), strict=True)
+    found = zip(
+        answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist(), strict=True
+    )
     return [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in found]

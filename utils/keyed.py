@@ -1,5 +1,6 @@
-"""Randomness keyed by what it is for: the same key gives the same numbers, in any run and after any resume, so there is no
-generator whose state would have to be saved, and methods that share a seed share prompts, samples and noise."""
+"""Randomness keyed by what it is for: the same key gives the same numbers, in any run and after any
+resume, so there is no generator whose state would have to be saved, and methods that share a seed
+share prompts, samples and noise."""
 
 import hashlib
 

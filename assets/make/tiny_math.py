@@ -1,14 +1,16 @@
-"""Make the embedded default again: mini-GSM8K (`assets/data/tiny_math`) and the tiny model that starts on it.
+"""Make the embedded default again: mini-GSM8K (`assets/data/tiny_math`) and the tiny model that
+starts on it.
 
-    python -m utils.make_tiny_math                     # about 10 minutes on two cores, same bytes every time
-    python -m utils.make_tiny_math --out /tmp/other --steps 500
+    python -m assets.make.tiny_math                     # about 10 minutes on two cores, same bytes every time
+    python -m assets.make.tiny_math --out /tmp/other --steps 500
 
-The data are word problems of one to four steps whose worked solutions end in `#### n`. The model is a Llama of 1.1 M
-parameters, trained by next-token prediction on the solutions of a *careless student* who, on some wordings, does the wrong
-thing more often than not: adds where "fewer" asks for a subtraction, forgets the last step, copies a number that has nothing
-to do with the question. Greedy decoding then repeats the student's habits, sampling still finds the right way now and
-then, and reinforcement learning has something to repair. The mistakes stand written in the solution, so a critic can see them.
-"""
+The data are word problems of one to four steps whose worked solutions end in `#### n`. The model is
+a Llama of 1.1 M parameters, trained by next-token prediction on the solutions of a *careless
+student* who, on some wordings, does the wrong thing more often than not: adds where "fewer" asks
+for a subtraction, forgets the last step, copies a number that has nothing to do with the question.
+Greedy decoding then repeats the student's habits, sampling still finds the right way now and then,
+and reinforcement learning has something to repair. The mistakes stand written in the solution, so a
+critic can see them."""
 
 import hashlib
 import json
@@ -24,9 +26,14 @@ import torch.nn.functional as F
 import tyro
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from utils.answers import is_correct
+from utils.world.answers import is_correct
 
 NAMES = [
     "Ann",
@@ -64,7 +71,8 @@ PLACES = ["shop", "market", "school", "park", "garden", "library"]
 BOXES = ["bags", "boxes", "packs", "jars", "baskets"]
 LARGEST = 199  # no number in a problem or its solution is larger
 
-# Probability that the careless student makes the mistake that belongs to a kind of step (see `Step.careless`).
+# Probability that the careless student makes the mistake that belongs to a kind of step (see
+# `Step.careless`).
 MISTAKES = {
     "gain": 0.02,
     "lose": 0.02,
@@ -81,7 +89,8 @@ MISTAKES = {
 
 @dataclass
 class Step:
-    """One line of a solution, `left op right`. An operand is a number, or "#i": the result of line i of the solution."""
+    """One line of a solution, `left op right`. An operand is a number, or "#i": the result of line
+    i of the solution."""
 
     kind: str
     left: int | str
@@ -93,7 +102,8 @@ class Step:
 
 @dataclass
 class Story:
-    """A word problem being told: sentences, the steps they ask for, and where the running total stands."""
+    """A word problem being told: sentences, the steps they ask for, and where the running total
+    stands."""
 
     rng: random.Random
     sentences: list[str] = field(default_factory=list)
@@ -102,20 +112,28 @@ class Story:
     value: int = 0
 
     def number(self, low: int, high: int) -> int:
-        """A whole number in [low, high], small ones more often, so that problems vary in difficulty."""
+        """A whole number in [low, high], small ones more often, so that problems vary in
+        difficulty."""
         return min(self.rng.randint(low, high), self.rng.randint(low, high))
 
     def say(self, *templates: str, **words: object) -> None:
         self.sentences.append(self.rng.choice(templates).format(**words))
 
-    def step(self, kind: str, left: int | str, op: str, right: int | str, careless: tuple | None) -> str:
+    def step(
+        self, kind: str, left: int | str, op: str, right: int | str, careless: tuple | None
+    ) -> str:
         """Add a line to the solution and return the reference to its result."""
         self.steps.append(Step(kind, left, op, right, careless))
         return f"#{len(self.steps) - 1}"
 
 
 def calculate(left: int, op: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right, "/": left // right if right else -1}[op]
+    return {
+        "+": left + right,
+        "-": left - right,
+        "*": left * right,
+        "/": left // right if right else -1,
+    }[op]
 
 
 # --- events: each tells one thing that happens to `name`'s heap of `thing` and adds the steps that it asks for ---
@@ -156,7 +174,8 @@ def half(s: Story, name: str, other: str, thing: str, change: Callable) -> None:
 
 
 def distract(s: Story, name: str, other: str, thing: str, change: Callable) -> None:
-    """A loss told with a number that does not matter; the careless student takes away the wrong one."""
+    """A loss told with a number that does not matter; the careless student takes away the wrong
+    one."""
     n, useless = s.number(2, max(2, min(40, s.value - 1))), s.number(2, 30)
     s.say("{b} is {u} years old and takes {n} of them.", "After {u} minutes {a} gives {b} {n} {t}.",
           "In house number {u} {a} loses {n} {t}.", a=name, b=other, u=useless, n=n, t=thing)  # fmt: skip
@@ -172,22 +191,39 @@ def fewer(s: Story, name: str, other: str, thing: str) -> str:
 
 def more(s: Story, name: str, other: str, thing: str) -> str:
     n = s.number(2, 40)
-    s.say("{b} has {n} more {t} than {a}.", "{b} has {n} {t} more than {a}.", a=name, b=other, n=n, t=thing)
+    s.say(
+        "{b} has {n} more {t} than {a}.",
+        "{b} has {n} {t} more than {a}.",
+        a=name,
+        b=other,
+        n=n,
+        t=thing,
+    )
     return s.step("gain", s.total, "+", n, (s.total, "-", n))
 
 
 def times(s: Story, name: str, other: str, thing: str) -> str:
     n = s.rng.randint(2, 5)
-    s.say("{b} has {n} times as many {t} as {a}.", "{b} has {n} times as many.", a=name, b=other, n=n, t=thing)
+    s.say(
+        "{b} has {n} times as many {t} as {a}.",
+        "{b} has {n} times as many.",
+        a=name,
+        b=other,
+        n=n,
+        t=thing,
+    )
     return s.step("times", s.total, "*", n, (s.total, "+", n))
 
 
 def tell(rng: random.Random) -> tuple[str, list[Step]]:
-    """Tell one problem: the question and the steps of its solution (which may still break a rule; see `make_problem`)."""
+    """Tell one problem: the question and the steps of its solution (which may still break a rule;
+    see `make_problem`)."""
     s = Story(rng)
     (name, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
 
-    def change(kind: str, op: str, right: int | str, wrong_op: str, wrong_right: int | None = None) -> None:
+    def change(
+        kind: str, op: str, right: int | str, wrong_op: str, wrong_right: int | None = None
+    ) -> None:
         wrong = (s.total, wrong_op, right if wrong_right is None else wrong_right)
         s.total = s.step(kind, s.total, op, right, wrong)
         s.value = solve(s.steps)[-1]
@@ -204,11 +240,15 @@ def tell(rng: random.Random) -> tuple[str, list[Step]]:
               a=name, n=s.value, t=thing, p=rng.choice(PLACES))  # fmt: skip
 
     for event in rng.choices(
-        [gain, lose, bags, half, distract], weights=[3, 3, 1.5, 1.5, 2], k=rng.choice([0, 1, 1, 2, 2, 3])
+        [gain, lose, bags, half, distract],
+        weights=[3, 3, 1.5, 1.5, 2],
+        k=rng.choice([0, 1, 1, 2, 2, 3]),
     ):
         event(s, name, other, thing, change)
 
-    ending = rng.choices(["now", "other", "together", "share", "change"], weights=[3, 2, 2, 1, 1])[0]
+    ending = rng.choices(["now", "other", "together", "share", "change"], weights=[3, 2, 2, 1, 1])[
+        0
+    ]
     if ending == "now":
         s.say(
             "How many {t} does {a} have now?",
@@ -244,12 +284,16 @@ def tell(rng: random.Random) -> tuple[str, list[Step]]:
 
 
 def solve(steps: list[Step], mistakes: random.Random | None = None) -> list[int | None]:
-    """The result of every line (None for a line left out); with `mistakes`, as the careless student gets it."""
+    """The result of every line (None for a line left out); with `mistakes`, as the careless student
+    gets it."""
     return [line[3] if line else None for line in work(steps, mistakes)]
 
 
-def work(steps: list[Step], mistakes: random.Random | None = None) -> list[tuple[int, str, int, int] | None]:
-    """The lines (left, op, right, result) of the right solution or, with `mistakes`, of the careless student's."""
+def work(
+    steps: list[Step], mistakes: random.Random | None = None
+) -> list[tuple[int, str, int, int] | None]:
+    """The lines (left, op, right, result) of the right solution or, with `mistakes`, of the
+    careless student's."""
     lines: list[tuple[int, str, int, int] | None] = []
     for step in steps:
         left, op, right = step.left, step.op, step.right
@@ -272,7 +316,9 @@ def write_up(lines: list[tuple[int, str, int, int] | None]) -> str:
 def in_bounds(lines: list[tuple[int, str, int, int] | None]) -> bool:
     """Numbers stay in [0, LARGEST] and every division is exact."""
     return all(
-        0 <= x[3] <= LARGEST and 0 < x[0] <= LARGEST and (x[1] != "/" or x[2] > 0 and x[0] % x[2] == 0)
+        0 <= x[3] <= LARGEST
+        and 0 < x[0] <= LARGEST
+        and (x[1] != "/" or x[2] > 0 and x[0] % x[2] == 0)
         for x in lines
         if x
     )
@@ -287,7 +333,8 @@ def make_problem(rng: random.Random) -> tuple[str, list[Step]]:
 
 
 def is_test(solution: str) -> bool:
-    """Every problem belongs to train or test by the digest of its solution: no solution, whatever its story, is in both."""
+    """Every problem belongs to train or test by the digest of its solution: no solution, whatever
+    its story, is in both."""
     return hashlib.sha256(solution.encode()).digest()[0] < 32
 
 
@@ -332,7 +379,8 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which common words are one token, every digit is its own, and any text can be encoded."""
+    """A byte-level BPE in which common words are one token, every digit is its own, and any text
+    can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\d| ?[^\s\d]+|\s"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -376,7 +424,11 @@ class Training:
 def answer_rows(tokenizer, pairs: list[tuple[str, str]]) -> list["Row"]:
     """(question, answer) pairs as rows of which the answer, EOS included, is to be learnt."""
     tokens = [
-        (tokenizer.encode(f"<|user|>{q}<|assistant|>"), tokenizer.encode(f"{a}{tokenizer.eos_token}")) for q, a in pairs
+        (
+            tokenizer.encode(f"<|user|>{q}<|assistant|>"),
+            tokenizer.encode(f"{a}{tokenizer.eos_token}"),
+        )
+        for q, a in pairs
     ]
     return [(q + a, [-100] * len(q) + a) for q, a in tokens]
 
@@ -401,20 +453,31 @@ def accuracy(model, tokenizer, rows: list[dict], temperature: float | None = Non
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": r["question"]}], add_generation_prompt=True, tokenize=False) for r in rows]  # fmt: skip
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     sampling = (
-        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        {"do_sample": False}
+        if temperature is None
+        else {"do_sample": True, "temperature": temperature, "top_k": 0}
     )
-    output = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=64, **sampling)
-    completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(is_correct(c, r["answer"]) for c, r in zip(completions, rows, strict=True)) / len(rows)
+    output = model.generate(
+        **{k: inputs[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=64, **sampling
+    )
+    completions = tokenizer.batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return sum(is_correct(c, r["answer"]) for c, r in zip(completions, rows, strict=True)) / len(
+        rows
+    )
 
 
-Row = tuple[list[int], list[int]]  # tokens, and labels of the same length: -100 where nothing is to be learnt
+Row = tuple[
+    list[int], list[int]
+]  # tokens, and labels of the same length: -100 where nothing is to be learnt
 
 
 def train(
     args, tokenizer, examples: Callable[[int, int], list[Row]], report: Callable[[object], str]
 ) -> LlamaForCausalLM:
-    """Next-token prediction, on the labelled tokens alone, from `examples(count, seed)`; prints `report(model)` now and then."""
+    """Next-token prediction, on the labelled tokens alone, from `examples(count, seed)`; prints
+    `report(model)` now and then."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -430,18 +493,25 @@ def train(
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, total_iters=100)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps)
     pool, order, rng = [], [], random.Random(args.seed)
     for step in track(range(args.steps), description="supervised warm start"):
         if not order:  # the next pool of fresh examples, in batches of similar length
-            pool = sorted(examples(args.batch_size * 50, 1_000_000 * args.seed + step), key=lambda row: len(row[0]))
+            pool = sorted(
+                examples(args.batch_size * 50, 1_000_000 * args.seed + step),
+                key=lambda row: len(row[0]),
+            )
             order = rng.sample(range(50), 50)
         start = order.pop() * args.batch_size
         rows = pool[start : start + args.batch_size]
         width = max(len(tokens) for tokens, _ in rows)
-        inputs = torch.tensor([tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows])
+        inputs = torch.tensor(
+            [tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
+        )
         labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
         hidden = model.model(inputs[:, :-1]).last_hidden_state
         chosen = labels[:, 1:] != -100
@@ -458,7 +528,9 @@ def train(
 
 def main(args: Args) -> None:
     start = time.time()
-    torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
+    torch.set_num_threads(
+        2
+    )  # the order of summation, and so the last bit of every weight, depends on it
     data, folder = args.out / "data" / "tiny_math", args.out / "tiny_math"
     make_data(data, args.train_size, args.test_size, args.seed)
     test = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
@@ -467,7 +539,9 @@ def main(args: Args) -> None:
     def examples(count: int, seed: int) -> list[Row]:
         return answer_rows(tokenizer, careless_examples(count, seed))
 
-    model = train(args, tokenizer, examples, lambda m: f"greedy accuracy {accuracy(m, tokenizer, test):.3f}")
+    model = train(
+        args, tokenizer, examples, lambda m: f"greedy accuracy {accuracy(m, tokenizer, test):.3f}"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

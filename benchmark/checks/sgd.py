@@ -1,10 +1,11 @@
-"""What the simulated user makes of Schema-Guided Dialogue: can its goals be completed, and does it hear what it is asked?
+"""What the simulated user makes of Schema-Guided Dialogue: can its goals be completed, and does it
+hear what it is asked?
 
-    python benchmark/check_sgd.py --schema DIR                # the folder that holds train/ and dev/; seconds
+    python benchmark/checks/sgd.py --schema DIR                # the folder that holds train/ and dev/; seconds
 
-An assistant that makes no mistake plays every goal: it asks for each value, calls, tells the results. And the requests of the
-annotated assistants are held against the slots that the user hears in their words.
-"""
+An assistant that makes no mistake plays every goal: it asks for each value, calls, tells the
+results. And the requests of the annotated assistants are held against the slots that the user hears
+in their words."""
 
 import sys
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.dialogue import User, asked_slots, outcome  # noqa: E402
-from utils.goals import Goal, load_goals, load_schema, read_json, spoken  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from utils.world.dialogue import User, asked_slots, outcome  # noqa: E402
+from utils.world.goals import Goal, load_goals, load_schema, read_json, spoken  # noqa: E402
 
 
 @dataclass
@@ -39,7 +40,9 @@ def completes(goal: Goal, most_turns: int = 60) -> bool:
         elif missing:
             turns.append(f"What is the {spoken(missing[0])}?")
         else:
-            turns.append(f"call({'; '.join([subgoal.intent.name, *(f'{s}={user.told[s]}' for s in subgoal.values)])})")
+            turns.append(
+                f"call({'; '.join([subgoal.intent.name, *(f'{s}={user.told[s]}' for s in subgoal.values)])})"
+            )
         user.hear(turns[-1])
     return outcome(goal, turns, 1).gcr == 1
 
@@ -47,7 +50,9 @@ def completes(goal: Goal, most_turns: int = 60) -> bool:
 def heard(folder: Path) -> tuple[int, int]:
     """Of the slots that the annotated assistants request: (heard, all)."""
     services, hits, total = load_schema(folder), 0, 0
-    for dialogue in (d for file in sorted(folder.glob("dialogues_*.json")) for d in read_json(file)):
+    for dialogue in (
+        d for file in sorted(folder.glob("dialogues_*.json")) for d in read_json(file)
+    ):
         active: dict[str, str] = {}
         for turn in dialogue["turns"]:
             for frame in turn["frames"]:
@@ -56,8 +61,13 @@ def heard(folder: Path) -> tuple[int, int]:
                     active[service] = frame["state"]["active_intent"]
                 elif intent := services[service].intents.get(active.get(service, "")):
                     slots = intent.required + intent.optional
-                    asked = {a["slot"] for a in frame["actions"] if a["act"] == "REQUEST"} & set(slots)
-                    hits, total = hits + len(asked & set(asked_slots(turn["utterance"], slots))), total + len(asked)
+                    asked = {a["slot"] for a in frame["actions"] if a["act"] == "REQUEST"} & set(
+                        slots
+                    )
+                    hits, total = (
+                        hits + len(asked & set(asked_slots(turn["utterance"], slots))),
+                        total + len(asked),
+                    )
     return hits, total
 
 

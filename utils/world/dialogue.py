@@ -1,14 +1,17 @@
-"""Task-oriented dialogue: a simulated user with a goal, the service behind it, and what counts as success.
+"""Task-oriented dialogue: a simulated user with a goal, the service behind it, and what counts as
+success.
 
 The assistant speaks in plain text and acts by a line of its own that holds nothing but a call:
 
     One moment.
     call(ReserveTable; city=Rome; day=Friday; time=7 pm; people=4)
 
-Its prompt lists the calls as `Name(required slots; optional slots)`. A well-formed call is carried out and answered by a line
-`result: slot=value; ...` in front of the user's next words, a malformed one by `error: ...`. A transactional call cannot be
-taken back: with a wrong value, or with another intent than the user's, the subgoal at hand is lost. After any other call with a
-wrong value the user corrects the value. While the user waits for a result to be told, calls find nothing and change nothing.
+Its prompt lists the calls as `Name(required slots; optional slots)`. A well-formed call is carried
+out and answered by a line `result: slot=value; ...` in front of the user's next words, a malformed
+one by `error: ...`. A transactional call cannot be taken back: with a wrong value, or with another
+intent than the user's, the subgoal at hand is lost. After any other call with a wrong value the
+user corrects the value. While the user waits for a result to be told, calls find nothing and change
+nothing.
 
     python -m utils.dialogue --model assets/tiny_dialogue            # be the user yourself
     python -m utils.dialogue --play 3                                # watch three dialogues with the simulated user
@@ -27,10 +30,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import stop
-from utils.goals import ANY, UNSEEN, Goal, Intent, Subgoal, load_goals, spoken, statement
 from utils.keyed import coin
 from utils.models import answer, load_policy, pick_device
-from utils.problems import Problem, Task
+from utils.world.goals import ANY, UNSEEN, Goal, Intent, Subgoal, load_goals, spoken, statement
+from utils.world.problems import Problem, Task
 
 PATIENCE = 3  # useless turns of the assistant that the user bears, in a whole dialogue; after one more, the user leaves
 
@@ -55,8 +58,8 @@ def parse_call(text: str, calls: dict[str, Intent]) -> Call | None:
 
         call(<intent>; <slot>=<value>; <slot>=<value>)
 
-    alone on its line, once in a turn, every required slot present, no slot twice and none that the intent does not have.
-    Raises MalformedCall with a message for the assistant."""
+    alone on its line, once in a turn, every required slot present, no slot twice and none that the
+    intent does not have. Raises MalformedCall with a message for the assistant."""
     lines = [line.strip() for line in text.splitlines() if "call(" in line]
     if not lines:
         return None
@@ -74,7 +77,11 @@ def parse_call(text: str, calls: dict[str, Intent]) -> Call | None:
         if not equals or not value:
             raise MalformedCall(f"expected slot=value, not {pair[:40]}")
         if slot not in intent.required + intent.optional or slot in values:
-            raise MalformedCall(f"{name} has no slot {slot[:40]}" if slot not in values else f"{slot} is there twice")
+            raise MalformedCall(
+                f"{name} has no slot {slot[:40]}"
+                if slot not in values
+                else f"{slot} is there twice"
+            )
         values[slot] = value
     missing = [slot for slot in intent.required if slot not in values]
     if missing:
@@ -127,16 +134,23 @@ FILLERS = {"of", "name", "number", "is", "has", "in", "at", "for", "the"}
 
 
 def asked_slots(text: str, slots: tuple[str, ...]) -> list[str]:
-    """Those of `slots` that the questions and requests in the text ask for: by name (all its telling words), or in a usual
-    way. Of the 5,130 slots that the assistants of the Schema-Guided Dialogue files at hand ask for, it hears 89 %."""
+    """Those of `slots` that the questions and requests in the text ask for: by name (all its
+    telling words), or in a usual way. Of the 5,130 slots that the assistants of the Schema-Guided
+    Dialogue files at hand ask for, it hears 89 %."""
     sentences = re.findall(r"[^.!?\n]+[.!?\n]?", text.lower())
-    questions = " ".join(s for s in sentences if s.endswith("?") or re.search(r"\b(please|tell|let me know|need)\b", s))
+    questions = " ".join(
+        s
+        for s in sentences
+        if s.endswith("?") or re.search(r"\b(please|tell|let me know|need)\b", s)
+    )
     heard = {word.rstrip("s") for word in re.findall(r"[a-z]+", questions)}
     asked = []
     for slot in slots:
         words = slot.lower().split("_")
         telling = {word.rstrip("s") for word in words if word not in FILLERS} or set(words)
-        if telling <= heard or any(re.search(ASKED_BY[w], questions) for w in words if w in ASKED_BY):
+        if telling <= heard or any(
+            re.search(ASKED_BY[w], questions) for w in words if w in ASKED_BY
+        ):
             asked.append(slot)
     return asked
 
@@ -152,11 +166,16 @@ def says(text: str, value: str) -> bool:
 
 
 def tells(text: str, slot: str, value: str) -> bool:
-    """Whether a text tells the value of a slot: in its words or, if it is True or False, by a yes or no or a sentence about it."""
+    """Whether a text tells the value of a slot: in its words or, if it is True or False, by a yes
+    or no or a sentence about it."""
     if says(text, value) or value not in ("True", "False"):
         return says(text, value)
     denied = re.search(r"\b(no|not|none|neither|cannot|without)\b|n't", text.lower()) is not None
-    about = any(re.search(rf"\b{word[:5]}", text.lower()) for word in slot.lower().split("_") if word not in FILLERS)
+    about = any(
+        re.search(rf"\b{word[:5]}", text.lower())
+        for word in slot.lower().split("_")
+        if word not in FILLERS
+    )
     affirmed = about or re.search(r"\b(yes|yeah|yep|sure|correct)\b", text.lower()) is not None
     return denied if value == "False" else affirmed and not denied
 
@@ -182,8 +201,9 @@ WORDS = {
 
 @dataclass
 class User:
-    """An agenda-based user in the middle of a dialogue. `hear` takes the assistant's next turn and answers it; after the last
-    answer `ended` says why: "thanks", "failed" (a subgoal was lost) or "impatient".
+    """An agenda-based user in the middle of a dialogue. `hear` takes the assistant's next turn and
+    answers it; after the last answer `ended` says why: "thanks", "failed" (a subgoal was lost) or
+    "impatient".
 
     The user is a function of seed, goal and what the assistant has said: nothing else is drawn.
     """
@@ -219,7 +239,8 @@ class User:
         return self.goal.subgoals[self.index]
 
     def value(self, slot: str) -> str:
-        """What the user says the value of a slot to be: what was said last, and at first what will be taken back."""
+        """What the user says the value of a slot to be: what was said last, and at first what will
+        be taken back."""
         if slot in self.told:
             return self.told[slot]
         change = self.subgoal.change
@@ -230,7 +251,11 @@ class User:
         change = self.subgoal.change
         if ANY in self.subgoal.values[slot]:
             return True
-        if change and change[0] == slot and not same(self.told.get(slot, ""), self.subgoal.values[slot][0]):
+        if (
+            change
+            and change[0] == slot
+            and not same(self.told.get(slot, ""), self.subgoal.values[slot][0])
+        ):
             return same(value, change[1])  # not taken back yet
         return any(same(value, spelling) for spelling in self.subgoal.values[slot])
 
@@ -257,7 +282,8 @@ class User:
         return self.say("inform", spoken(slot), value)
 
     def hear(self, text: str) -> str:
-        """The user's answer to the assistant's turn, with the service's line in front where there was a call."""
+        """The user's answer to the assistant's turn, with the service's line in front where there
+        was a call."""
         self.turn += 1
         try:
             call = parse_call(text, self.goal.calls)
@@ -265,18 +291,25 @@ class User:
             return self.lose_patience(f"error: {error}\n" + self.say("again"))
         if call:
             return self.see_call(call)
-        if self.done and len(self.done) > self.index:  # the call was right, and a result is still to be told
+        if (
+            self.done and len(self.done) > self.index
+        ):  # the call was right, and a result is still to be told
             return self.hear_result(text)
         return self.hear_question(text)
 
     def see_call(self, call: Call) -> str:
         intent, self.acted = self.subgoal.intent, True
         over = len(self.done) > self.index
-        wrong = [slot for slot in self.subgoal.values if not self.right(slot, call.values.get(slot, ""))]
+        wrong = [
+            slot for slot in self.subgoal.values if not self.right(slot, call.values.get(slot, ""))
+        ]
         extra = [s for s in call.values if s not in self.subgoal.values]
         if call.intent == intent and not wrong and not extra and not over:
             self.done.append(True)
-            line = "; ".join(f"{slot}={value}" for slot, value in self.subgoal.results.items()) or "done"
+            line = (
+                "; ".join(f"{slot}={value}" for slot, value in self.subgoal.results.items())
+                or "done"
+            )
             return f"result: {line}\n" + self.go_on()
         if call.intent.transactional and not over:
             self.done.append(False)
@@ -305,21 +338,32 @@ class User:
         before = dict(self.told)
         said = [self.answer(text, slot) for slot in (new or again)]
         change = self.subgoal.change
-        if new and change and before.get(change[0]) == change[1]:  # said earlier, and now taken back
+        if (
+            new and change and before.get(change[0]) == change[1]
+        ):  # said earlier, and now taken back
             self.told[change[0]] = self.subgoal.values[change[0]][0]
             said.append(self.say("change", spoken(change[0]), self.told[change[0]]))
-        if new or any(says(text, before[slot]) for slot in again):  # asking to confirm, once, is not useless
+        if new or any(
+            says(text, before[slot]) for slot in again
+        ):  # asking to confirm, once, is not useless
             return " ".join(dict.fromkeys(said))
         return self.lose_patience(" ".join(dict.fromkeys(said)) or self.say("again"))
 
     def answer(self, text: str, slot: str) -> str:
-        """To a question about a slot: yes to the right value, a correction of another possible one, else the value."""
+        """To a question about a slot: yes to the right value, a correction of another possible one,
+        else the value."""
         told = slot in self.told
-        named = [v for v in self.goal.values.get(slot, ()) if says(text, v) and not same(v, self.value(slot))]
+        named = [
+            v
+            for v in self.goal.values.get(slot, ())
+            if says(text, v) and not same(v, self.value(slot))
+        ]
         if not named and says(text, self.value(slot)):
             self.tell(slot)
             return self.say("yes")
-        if len(named) == 1 and not says(text, self.value(slot)):  # several are a list to choose from
+        if len(named) == 1 and not says(
+            text, self.value(slot)
+        ):  # several are a list to choose from
             self.tell(slot)
             return self.say("correct", spoken(slot), self.value(slot))
         return self.tell(slot) if not told else self.say("inform", spoken(slot), self.value(slot))
@@ -367,7 +411,8 @@ class Outcome:
 
 
 def play(goal: Goal, completions: list[str], seed: int) -> tuple[User, list[str]]:
-    """The user after the assistant's turns, and all that the user has said. Turns after the user's end are not heard."""
+    """The user after the assistant's turns, and all that the user has said. Turns after the user's
+    end are not heard."""
     user = User(goal, seed)
     said = [user.open()]
     for text in completions:
@@ -382,7 +427,9 @@ def outcome(goal: Goal, completions: list[str], seed: int) -> Outcome:
     return Outcome(
         tcr=sum(user.done) / len(goal.subgoals),
         acr=sum(user.obtained) / required if required else 1.0,
-        gcr=float(sum(user.done) == len(goal.subgoals) and not user.waiting and not user.unanswered),
+        gcr=float(
+            sum(user.done) == len(goal.subgoals) and not user.waiting and not user.unanswered
+        ),
         turns=user.turn,
         impatient=user.ended == "impatient",
     )
@@ -392,9 +439,12 @@ def outcome(goal: Goal, completions: list[str], seed: int) -> Outcome:
 
 
 class DialogueTask(Task):
-    """Goals as problems. `answer` of a Problem is its Goal; a dialogue is right when its goal is completed."""
+    """Goals as problems. `answer` of a Problem is its Goal; a dialogue is right when its goal is
+    completed."""
 
-    def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int], seed: int):
+    def __init__(
+        self, train: list[Problem], test: list[Problem], dropped: dict[str, int], seed: int
+    ):
         super().__init__(train, test, dropped)
         self.seed = seed
 
@@ -402,7 +452,11 @@ class DialogueTask(Task):
     def load(cls, schema: Path, train_split: str, test_split: str, seed: int) -> "DialogueTask":
         """The goals alone, without prompts in a model's tokens."""
         goals = load_goals(schema, train_split, test_split)
-        return cls(*([Problem(g.key, g, []) for g in goals[split]] for split in ("train", "test")), {}, seed)
+        return cls(
+            *([Problem(g.key, g, []) for g in goals[split]] for split in ("train", "test")),
+            {},
+            seed,
+        )
 
     def first_message(self, problem: Problem) -> str:
         return first_message(problem.answer, User(problem.answer, self.seed).open())
@@ -423,7 +477,8 @@ class DialogueTask(Task):
         return {"goal": str(problem.answer), "dialogue": "\n".join(turns)}
 
     def messages(self, problem: Problem, completions: list[str]) -> list[dict[str, str]]:
-        """The conversation up to the assistant's last turn, the first message without the prompt template."""
+        """The conversation up to the assistant's last turn, the first message without the prompt
+        template."""
         _, said = play(problem.answer, completions, self.seed)
         turns = [("user", first_message(problem.answer, said[0]))]
         for i, text in enumerate(completions):
@@ -432,8 +487,9 @@ class DialogueTask(Task):
         return [{"role": role, "content": content} for role, content in turns]
 
     def measure(self, pairs: list[tuple[Problem, list[str]]]) -> dict[str, float]:
-        """TCR, ACR, GCR, their average, turns and the share of impatient endings over all dialogues whose services are known
-        from training; the three rates for each domain; and for the dialogues with unseen services."""
+        """TCR, ACR, GCR, their average, turns and the share of impatient endings over all dialogues
+        whose services are known from training; the three rates for each domain; and for the
+        dialogues with unseen services."""
         outcomes = [(p.answer.group, outcome(p.answer, texts, self.seed)) for p, texts in pairs]
         known = [o for group, o in outcomes if group != UNSEEN] or [o for _, o in outcomes]
         names = ("tcr", "acr", "gcr", "average", "turns", "impatient")
@@ -485,14 +541,17 @@ def print_sample(console: Console, run: Path, count: int) -> None:
     try:
         rows = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
-        stop(f"--sample {run}: no readable transcripts.jsonl there (a run writes it at every evaluation)")
+        stop(
+            f"--sample {run}: no readable transcripts.jsonl there (a run writes it at every evaluation)"
+        )
     if not rows:
         stop(f"--sample {run}: no evaluation yet")
     if "tcr" not in rows[0]["outcome"]:
         stop(f"--sample {run}: not a run with --task dialogue")
     for row in [row for row in rows if row["update"] == rows[-1]["update"]][:count]:
         console.rule(
-            f"update {row['update']}: " + "  ".join(f"{k} {row['outcome'][k]:.2f}" for k in ("tcr", "acr", "gcr"))
+            f"update {row['update']}: "
+            + "  ".join(f"{k} {row['outcome'][k]:.2f}" for k in ("tcr", "acr", "gcr"))
         )
         turn = 0
         for message in row["messages"]:
@@ -505,12 +564,15 @@ def print_sample(console: Console, run: Path, count: int) -> None:
 
 def print_turn(console: Console, role: str, text: str) -> None:
     for i, line in enumerate(text.splitlines() or [""]):
-        console.print(f"{role if i == 0 else '':>9}  {escape(line)}", style="bold" if role == "assistant" else None)
+        console.print(
+            f"{role if i == 0 else '':>9}  {escape(line)}",
+            style="bold" if role == "assistant" else None,
+        )
 
 
 def converse(console: Console, args: Args, policy, chat, problem: Problem, person: bool) -> None:
-    """One dialogue about a goal. The simulated user always listens, to carry out calls and to judge; a person speaks in its
-    place where `person` is set."""
+    """One dialogue about a goal. The simulated user always listens, to carry out calls and to
+    judge; a person speaks in its place where `person` is set."""
     user = User(problem.answer, args.seed)
     said, turns, messages = user.open(), [], []
     console.rule(f"goal: {escape(str(problem.answer))}".replace("\n", "; then "))
@@ -544,10 +606,13 @@ def converse(console: Console, args: Args, policy, chat, problem: Problem, perso
 def main(args: Args) -> None:
     console = Console(highlight=False)
     if (
-        min(args.count, args.max_turns, args.max_new_tokens, 1 if args.play is None else args.play) < 1
+        min(args.count, args.max_turns, args.max_new_tokens, 1 if args.play is None else args.play)
+        < 1
         or args.temperature < 0
     ):
-        stop("--play, --count, --max-turns and --max-new-tokens must be at least 1, --temperature at least 0")
+        stop(
+            "--play, --count, --max-turns and --max-new-tokens must be at least 1, --temperature at least 0"
+        )
     if args.sample:
         print_sample(console, args.sample, args.count)
         return

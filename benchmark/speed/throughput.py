@@ -1,22 +1,26 @@
-"""Seconds of an update: our GRPO against TRL's GRPOTrainer, and PPO, VRPO, DVPO and robust PPO, on the same work, and where they go.
+"""Seconds of an update: our GRPO against TRL's GRPOTrainer, and PPO, VRPO, DVPO and robust PPO, on
+the same work, and where they go.
 
     pip install trl==1.16.0                                  # optional: without it --systems grpo ppo vrpo
-    python benchmark/throughput.py                           # embedded model and SmolLM2-135M, about 40 minutes on two cores
-    python benchmark/throughput.py --models embedded --rounds 7
-    python benchmark/throughput.py --against ../old          # the same scripts of another checkout beside these
+    python benchmark/speed/throughput.py                           # embedded model and SmolLM2-135M, about 40 minutes on two cores
+    python benchmark/speed/throughput.py --models embedded --rounds 7
+    python benchmark/speed/throughput.py --against ../old          # the same scripts of another checkout beside these
 
-Every system runs in a process of its own, which waits while another has its turn: one update each, in turn, so that a machine whose
-speed drifts is unfair to nobody (with the large model in two groups, TRL and GRPO, PPO and VRPO). The same work: same model, prompts,
-sampling noise, epochs, minibatches, precision and rewards; the learning rate is 0, so all systems sample from the same policy in
-every update, and in float32 they get the same completions to the token (checked). Neither side computes a KL term.
+Every system runs in a process of its own, which waits while another has its turn: one update each,
+in turn, so that a machine whose speed drifts is unfair to nobody (with the large model in two
+groups, TRL and GRPO, PPO and VRPO). The same work: same model, prompts, sampling noise, epochs,
+minibatches, precision and rewards; the learning rate is 0, so all systems sample from the same
+policy in every update, and in float32 they get the same completions to the token (checked). Neither
+side computes a KL term.
 
-`trl` is TRL as it comes: its generation is transformers', without vLLM; with several epochs it makes a pass for the old
-log-probabilities; in bfloat16 it casts the weights anew for every decoded token. `trl-malloc` is the same with the setting of the C
-library's allocator that the scripts use (`keep_freed_memory`).
+`trl` is TRL as it comes: its generation is transformers', without vLLM; with several epochs it
+makes a pass for the old log-probabilities; in bfloat16 it casts the weights anew for every decoded
+token. `trl-malloc` is the same with the setting of the C library's allocator that the scripts use
+(`keep_freed_memory`).
 
-Parts are timed by wrapping the scripts' own functions, FLOPs are counted by torch in the first update, which is not timed (on a CPU
-without those of attention). Writes benchmark/results/throughput.csv (every update) and throughput.md (medians and range).
-"""
+Parts are timed by wrapping the scripts' own functions, FLOPs are counted by torch in the first
+update, which is not timed (on a CPU without those of attention). Writes
+benchmark/results/throughput.csv (every update) and throughput.md (medians and range)."""
 
 import functools
 import importlib.util
@@ -37,7 +41,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmark" / "results"
 SCRIPTS = {
     "grpo": "grpo_baseline",
@@ -46,7 +50,13 @@ SCRIPTS = {
     "dvpo": "dvpo_math",
     "robust": "robust_ppo_baseline",
 }
-PARTS = ("generation", "log-probabilities", "critic", "backward", "optimizer")  # and everything else
+PARTS = (
+    "generation",
+    "log-probabilities",
+    "critic",
+    "backward",
+    "optimizer",
+)  # and everything else
 WORK = {
     "embedded": {"prompts_per_update": 64, "samples_per_prompt": 4, "max_new_tokens": 48, "minibatch_size": 64, "micro_batch_size": 16},
     "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 64, "minibatch_size": 8, "micro_batch_size": 4,
@@ -57,7 +67,14 @@ PAIRS = (
     ("ppo", "vrpo"),
 )  # four processes of the large model at once would need more than 24 GB
 VERSIONS = ("torch", "transformers", "trl", "accelerate")
-COMMON = {"seed": 1, "epochs": 2, "temperature": 1.0, "learning_rate": 0.0, "kl_coef": 0.0, "noise": "symmetric"}
+COMMON = {
+    "seed": 1,
+    "epochs": 2,
+    "temperature": 1.0,
+    "learning_rate": 0.0,
+    "kl_coef": 0.0,
+    "noise": "symmetric",
+}
 
 
 @dataclass
@@ -80,7 +97,10 @@ class Args:
     """the model of the workload 135m: a Hugging Face folder or hub id"""
     large_dataset: str = "openai/gsm8k"
     """its problems"""
-    dtype: tuple[Literal["float32", "bfloat16"], Literal["float32", "bfloat16"]] = ("float32", "bfloat16")
+    dtype: tuple[Literal["float32", "bfloat16"], Literal["float32", "bfloat16"]] = (
+        "float32",
+        "bfloat16",
+    )
     """precision of the forward passes, of the embedded model and of the large one"""
     device: str = "cpu"
     """cpu or cuda"""
@@ -96,7 +116,8 @@ class Args:
 
 
 class Clock:
-    """Seconds and FLOPs by part. Time inside a part that begins within another is the inner one's alone."""
+    """Seconds and FLOPs by part. Time inside a part that begins within another is the inner one's
+    alone."""
 
     def __init__(self, device: str):
         self.device, self.stack, self.flops_now = device, [], lambda: 0
@@ -131,7 +152,8 @@ class Clock:
 
 
 class Turns:
-    """The worker's side of the conversation: `end()` reports an update and waits for the parent's next word."""
+    """The worker's side of the conversation: `end()` reports an update and waits for the parent's
+    next word."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
@@ -168,7 +190,10 @@ def flags_of(spec: dict) -> dict:
     flags = {**COMMON, **WORK[spec["work"]], "dtype": spec["dtype"], "device": spec["device"]}
     if spec["work"] == "135m":
         return flags | {"model": spec["model"], "dataset": spec["dataset"]}
-    return flags | {"model": str(ROOT / "assets/tiny_math"), "dataset": str(ROOT / "assets/data/tiny_math")}
+    return flags | {
+        "model": str(ROOT / "assets/tiny_math"),
+        "dataset": str(ROOT / "assets/data/tiny_math"),
+    }
 
 
 def run_script(spec: dict) -> None:
@@ -194,7 +219,11 @@ def run_script(spec: dict) -> None:
             heads.append(getattr(self, "lm_head", None))
 
         module.Critic.__init__ = init
-        clock.wrap(module.Critic, "quantiles" if hasattr(module.Critic, "quantiles") else "values", "critic")
+        clock.wrap(
+            module.Critic,
+            "quantiles" if hasattr(module.Critic, "quantiles") else "values",
+            "critic",
+        )
         if hasattr(module, "critic_loss"):
             clock.wrap(module, "critic_loss", "critic")
         features = module.Critic.features
@@ -216,19 +245,30 @@ def run_script(spec: dict) -> None:
     def noticed(episodes, *rest):
         answers = [[t for t, c in zip(e.tokens, e.chosen, strict=True) if c] for e in episodes]
         prompts = [len(e.tokens) - len(a) for e, a in zip(episodes, answers, strict=True)]
-        turns.report = {"answers": [len(a) for a in answers], "prompts": prompts, "digest": digest(answers)}
+        turns.report = {
+            "answers": [len(a) for a in answers],
+            "prompts": prompts,
+            "digest": digest(answers),
+        }
         return pack(episodes, *rest)
 
     module.pack = noticed
     module.Run.log = lambda self, update, metrics: turns.end()
-    flags = {**flags_of(spec), "updates": 1000, "eval_every": 1000, "save_every": 1000, "eval_size": 1}
+    flags = {
+        **flags_of(spec),
+        "updates": 1000,
+        "eval_every": 1000,
+        "save_every": 1000,
+        "eval_size": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         module.main(module.Args(**flags))
 
 
 def run_trl(spec: dict) -> None:
-    """TRL's GRPOTrainer on the prompts that the scripts draw, with their rewards, stopped every update's worth of optimizer steps."""
+    """TRL's GRPOTrainer on the prompts that the scripts draw, with their rewards, stopped every
+    update's worth of optimizer steps."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -246,9 +286,13 @@ def run_trl(spec: dict) -> None:
     policy, chat = script.load_policy(args.model, torch.device(args.device))
     task = script.load_task(args, chat)
     problems = [
-        p for update in range(spec["rounds"] + 2) for p in task.batch(args.seed, update + 1, args.prompts_per_update)
+        p
+        for update in range(spec["rounds"] + 2)
+        for p in task.batch(args.seed, update + 1, args.prompts_per_update)
     ]
-    texts = [chat.tokenizer.decode(p.prompt_ids, clean_up_tokenization_spaces=False) for p in problems]
+    texts = [
+        chat.tokenizer.decode(p.prompt_ids, clean_up_tokenization_spaces=False) for p in problems
+    ]
     data = Dataset.from_dict({"prompt": texts, "index": list(range(len(problems)))})
     episodes = args.prompts_per_update * args.samples_per_prompt
     config = GRPOConfig(
@@ -323,7 +367,8 @@ def digest(rows: list[list[int]]) -> int:
 
 
 def machine(device: str) -> dict[str, float]:
-    """Measured rates: FLOP/s of a large matrix product in both precisions, bytes/s of a copy (read and write)."""
+    """Measured rates: FLOP/s of a large matrix product in both precisions, bytes/s of a copy (read
+    and write)."""
 
     def best(action, repeat: int) -> float:
         times = []
@@ -347,13 +392,23 @@ def machine(device: str) -> dict[str, float]:
 
 
 def decoding_floor(
-    config, answers: list[int], prompts: list[int], samples: int, rates: dict[str, float], dtype: str
+    config,
+    answers: list[int],
+    prompts: list[int],
+    samples: int,
+    rates: dict[str, float],
+    dtype: str,
 ) -> float:
-    """Seconds that decoding takes at least: every prompt read once, then per step the larger of the matrix products of the rows
-    that are not finished, at the measured rate, and of their KV cache and all weights, read once at the measured bandwidth."""
+    """Seconds that decoding takes at least: every prompt read once, then per step the larger of the
+    matrix products of the rows that are not finished, at the measured rate, and of their KV cache
+    and all weights, read once at the measured bandwidth."""
     rate, bandwidth, bytes_each = rates[dtype], rates["bytes"], 4 if dtype == "float32" else 2
     head = config.vocab_size * config.hidden_size
-    size = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
+    size = (
+        config.head_dim
+        if getattr(config, "head_dim", None)
+        else config.hidden_size // config.num_attention_heads
+    )
     kv_width = config.num_key_value_heads * size
     layer = (
         2 * config.hidden_size * (config.num_attention_heads * size + kv_width)
@@ -378,11 +433,19 @@ def measure(args: Args, work: str, rates: dict[str, float]) -> tuple[list[dict],
     dtype = args.dtype[list(WORK).index(work)]
     systems = {name: str(ROOT) for name in args.systems}
     for root in args.against:
-        systems |= {f"{name} ({root.resolve().name})": str(root.resolve()) for name in args.systems if name in SCRIPTS}
-    config = AutoConfig.from_pretrained(str(ROOT / "assets/tiny_math") if work == "embedded" else args.large_model)
+        systems |= {
+            f"{name} ({root.resolve().name})": str(root.resolve())
+            for name in args.systems
+            if name in SCRIPTS
+        }
+    config = AutoConfig.from_pretrained(
+        str(ROOT / "assets/tiny_math") if work == "embedded" else args.large_model
+    )
     rows, flops, digests = [], {}, {}
     together = (
-        [list(systems)] if work == "embedded" else [[s for s in systems if s.split()[0] in pair] for pair in PAIRS]
+        [list(systems)]
+        if work == "embedded"
+        else [[s for s in systems if s.split()[0] in pair] for pair in PAIRS]
     )
     for names in (group for group in together if group):
         workers = {}
@@ -397,7 +460,9 @@ def measure(args: Args, work: str, rates: dict[str, float]) -> tuple[list[dict],
             }
             spec |= {"model": args.large_model, "dataset": args.large_dataset}
             for key in ("model", "dataset"):
-                spec[key] = str(Path(spec[key]).resolve()) if Path(spec[key]).exists() else spec[key]
+                spec[key] = (
+                    str(Path(spec[key]).resolve()) if Path(spec[key]).exists() else spec[key]
+                )
             errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
             process = subprocess.Popen(
                 [sys.executable, __file__, "--one", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -415,13 +480,21 @@ def measure(args: Args, work: str, rates: dict[str, float]) -> tuple[list[dict],
                 if round_ == 0:
                     flops[name] = found["flops"]
                     continue
-                row = {"model": work, "dtype": dtype, "system": name, "round": round_, "seconds": found["seconds"]}
+                row = {
+                    "model": work,
+                    "dtype": dtype,
+                    "system": name,
+                    "round": round_,
+                    "seconds": found["seconds"],
+                }
                 row |= {
                     "completions": len(found["answers"]),
                     "answer_tokens": sum(found["answers"]),
                     "prompt_tokens": sum(found["prompts"]),
                 }
-                row |= found["parts"] | {"everything else": found["seconds"] - sum(found["parts"].values())}
+                row |= found["parts"] | {
+                    "everything else": found["seconds"] - sum(found["parts"].values())
+                }
                 lengths = found["answers"], found["prompts"]
                 row["floor of generation"] = decoding_floor(
                     config, *lengths, WORK[work]["samples_per_prompt"], rates, dtype
@@ -447,14 +520,17 @@ def answer(process, errors, name: str) -> dict:
     return json.loads(line)
 
 
-def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, same: bool) -> list[str]:
+def report(
+    work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, same: bool
+) -> list[str]:
     """Markdown: throughput of the systems, then the parts of an update beside their floors."""
     by_system: dict[str, list[dict]] = {}
     for row in rows:
         by_system.setdefault(row["system"], []).append(row)
     middle = statistics.median
     tokens = [
-        sum(r[key] for r in rows) / sum(r["completions"] for r in rows) for key in ("prompt_tokens", "answer_tokens")
+        sum(r[key] for r in rows) / sum(r["completions"] for r in rows)
+        for key in ("prompt_tokens", "answer_tokens")
     ]
     lines = [
         f"**{work}**, {dtype}: {rows[0]['completions']} completions an update (prompt {tokens[0]:.0f}, answer {tokens[1]:.0f} tokens on average), "
@@ -470,7 +546,9 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, sa
         def against(other: str, invert: bool, own=own) -> str:
             if other not in by_system:
                 return ""
-            ratios = [a["seconds"] / b["seconds"] for a, b in zip(own, by_system[other], strict=True)]
+            ratios = [
+                a["seconds"] / b["seconds"] for a, b in zip(own, by_system[other], strict=True)
+            ]
             ratios = [1 / x for x in ratios] if invert else ratios
             return f"{middle(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -480,7 +558,11 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, sa
             f"{middle(r['seconds'] for r in own):.2f}",
         ]
         lines.append(
-            "| " + " | ".join([*cells, against("trl", True), against("grpo", False), against("ppo", False)]) + " |"
+            "| "
+            + " | ".join(
+                [*cells, against("trl", True), against("grpo", False), against("ppo", False)]
+            )
+            + " |"
         )
     head = [*PARTS, "everything else"]
     lines += ["", f"| seconds (floor) | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
@@ -491,7 +573,11 @@ def report(work: str, dtype: str, rows: list[dict], flops: dict, rates: dict, sa
             least = flops[name].get(part, 0) / rates[dtype]
             if part == "generation":
                 least = middle(r["floor of generation"] for r in own)
-            cells.append(f"{seconds:.2f}" + (f" ({least:.2f})" if least >= 0.005 else "") if seconds >= 0.005 else "–")
+            cells.append(
+                f"{seconds:.2f}" + (f" ({least:.2f})" if least >= 0.005 else "")
+                if seconds >= 0.005
+                else "–"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -506,11 +592,13 @@ def main(args: Args) -> None:
     if args.rounds < 1:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
     if any(name.startswith("trl") for name in args.systems) and not importlib.util.find_spec("trl"):
-        sys.exit("TRL is not installed: pip install trl==1.16.0, or leave it out with --systems grpo ppo vrpo")
+        sys.exit(
+            "TRL is not installed: pip install trl==1.16.0, or leave it out with --systems grpo ppo vrpo"
+        )
     rates = machine(args.device)
     print({key: f"{value / 1e9:.0f} G/s" for key, value in rates.items()}, flush=True)
     lines = [
-        f"`python benchmark/throughput.py` on {torch.get_num_threads()} threads ({args.device}): matrix products at {rates['float32'] / 1e9:.0f} GFLOP/s in "
+        f"`python benchmark/speed/throughput.py` on {torch.get_num_threads()} threads ({args.device}): matrix products at {rates['float32'] / 1e9:.0f} GFLOP/s in "
         f"float32 and {rates['bfloat16'] / 1e9:.0f} in bfloat16, memory at {rates['bytes'] / 1e9:.0f} GB/s. Floors in brackets, estimates: FLOPs of a part (without attention's on a CPU) at that rate; "
         "for generation every distinct prompt once, then per token the weights and the KV cache of unfinished rows at the memory's rate or their FLOPs, whichever takes longer.",
         f"Versions: {', '.join(f'{x} {version(x)}' for x in VERSIONS if importlib.util.find_spec(x))}.",

@@ -1,4 +1,5 @@
-"""Evaluation of any checkpoint or hub model on clean data: greedy accuracy, and with --samples avg@k, pass@k and maj@k.
+"""Evaluation of any checkpoint or hub model on clean data: greedy accuracy, and with --samples
+avg@k, pass@k and maj@k.
 
     python -m utils.evaluate                                            # the embedded model on the embedded test split
     python -m utils.evaluate --model runs/A/checkpoints/000040/policy --task science
@@ -6,8 +7,8 @@
         allenai/ai2_arc:ARC-Challenge --max-new-tokens 512 --dtype bfloat16
     python -m utils.evaluate --model DIR --dataset HuggingFaceH4/aime_2024 --samples 16 --temperature 0.7
 
-Prints a table and writes it (results.csv), every completion (completions.jsonl) and the flags (args.json) to --out.
-"""
+Prints a table and writes it (results.csv), every completion (completions.jsonl) and the flags
+(args.json) to --out. """
 
 import csv
 import dataclasses
@@ -29,26 +30,35 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from utils.data import DATASETS, load_split
-from utils.dialogue import DialogueTask
 from utils.errors import stop
 from utils.generation import generate
-from utils.goals import UNSEEN
 from utils.keyed import seed_torch
 from utils.models import Chat, load_policy, pick_device
-from utils.problems import Problem, Task
 from utils.run import check_ranges, write_atomically
-from utils.tasks import DEFAULTS, MathTask, ScienceTask, load_dialogues, prompt
+from utils.world.data import DATASETS, load_split
+from utils.world.dialogue import DialogueTask
+from utils.world.goals import UNSEEN
+from utils.world.problems import Problem, Task
+from utils.world.tasks import DEFAULTS, MathTask, ScienceTask, load_dialogues, prompt
 
-MEASURES = ("accuracy", "tcr", "acr", "gcr", "average", "turns")  # of a task's measures, those that make a row
+MEASURES = (
+    "accuracy",
+    "tcr",
+    "acr",
+    "gcr",
+    "average",
+    "turns",
+)  # of a task's measures, those that make a row
 
 
 @dataclass
 class Args:
     model: str | None = None
-    """a Hugging Face folder, such as a run's checkpoints/<update>/policy, or a hub id; default: the task's embedded model"""
+    """a Hugging Face folder, such as a run's checkpoints/<update>/policy, or a hub id; default: the
+    task's embedded model"""
     task: Literal["math", "science", "dialogue"] | None = None
-    """how answers are judged; default: as the table of data sets says, else science where there are options, else math"""
+    """how answers are judged; default: as the table of data sets says, else science where there are
+    options, else math"""
     dataset: tuple[str, ...] = ()
     """data sets, NAME, NAME:CONFIG or either with @SPLIT; default: the task's embedded one"""
     question_column: str | None = None
@@ -95,7 +105,8 @@ class Args:
 
 @dataclass
 class Answered:
-    """One episode: its answers, whether the last one ended with EOS, and how many tokens they have."""
+    """One episode: its answers, whether the last one ended with EOS, and how many tokens they
+    have."""
 
     problem: Problem
     completions: list[str]
@@ -106,17 +117,30 @@ class Answered:
 def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem]]:
     """The task of a data set, and its problems."""
     if args.task == "dialogue":
-        settings = dict(schema=args.schema, seed=args.seed, train_split="train", test_split=args.test_split)
+        settings = dict(
+            schema=args.schema, seed=args.seed, train_split="train", test_split=args.test_split
+        )
         rows = load_dialogues(type("Settings", (), settings))[1]["test"]
         task = DialogueTask([], [], {}, args.seed)
     else:
         name, _, split = name.partition("@")
         name, config = (name, None) if Path(name).exists() else (*name.rsplit(":", 1), None)[:2]
         questions = load_split(args, name, config, split or None, "test", unlabelled=False)
-        rows = [(q.message, q.message, q.answer, q.options) for q in questions if q.answer is not None]
-        known = DATASETS[name].task if name in DATASETS else "science" if any(q.options for q in questions) else "math"
+        rows = [
+            (q.message, q.message, q.answer, q.options) for q in questions if q.answer is not None
+        ]
+        known = (
+            DATASETS[name].task
+            if name in DATASETS
+            else "science"
+            if any(q.options for q in questions)
+            else "math"
+        )
         task = {"math": MathTask, "science": ScienceTask}[args.task or known]([], [], {})
-    problems = [Problem(key, a, prompt(chat, args.prompt_template, q), options) for key, q, a, options in rows]
+    problems = [
+        Problem(key, a, prompt(chat, args.prompt_template, q), options)
+        for key, q, a, options in rows
+    ]
     if not problems:
         stop(f"--dataset {name}: no problem with a reference there")
     return task, problems[: args.limit]
@@ -124,22 +148,37 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
 
 @torch.no_grad()
 def play(
-    policy, chat: Chat, task: Task, problems: list[Problem], args: Args, temperature: float, what: str
+    policy,
+    chat: Chat,
+    task: Task,
+    problems: list[Problem],
+    args: Args,
+    temperature: float,
+    what: str,
 ) -> list[Answered]:
     """One episode of every problem, those with prompts of similar length together."""
     turns = args.max_turns if isinstance(task, DialogueTask) else 1
     episodes = [Answered(p, [], True, 0) for p in problems]
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
     for start in track(range(0, len(order), args.batch_size), description=what):
-        live = [(episodes[i], list(problems[i].prompt_ids)) for i in order[start : start + args.batch_size]]
+        live = [
+            (episodes[i], list(problems[i].prompt_ids))
+            for i in order[start : start + args.batch_size]
+        ]
         for _ in range(turns):
-            answers = generate(policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature)
+            answers = generate(
+                policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature
+            )
             following = []
             for (episode, ids), answer in zip(live, answers, strict=True):
                 episode.completions.append(chat.decode(answer.tokens))
                 episode.finished = answer.tokens[-1] in chat.eos_ids
                 episode.tokens += len(answer.tokens)
-                reply = task.reply(episode.problem, episode.completions) if turns > 1 and episode.finished else None
+                reply = (
+                    task.reply(episode.problem, episode.completions)
+                    if turns > 1 and episode.finished
+                    else None
+                )
                 if reply is not None:
                     following.append((episode, ids + answer.tokens + chat.user_turn_ids(reply)))
             live = following
@@ -155,14 +194,14 @@ def judged(episode: Answered, args: Args) -> list[str]:
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, contain a right one: 1 - C(n - c, k) / C(n, k)
-    (Chen et al. 2021, arXiv 2107.03374)."""
+    """The chance that k of the samples, drawn without replacement, contain a right one: 1 - C(n -
+    c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % confidence interval of the mean over problems: Wilson's where all values are 0 or 1, else the normal one. NaN for
-    one value that is neither."""
+    """95 % confidence interval of the mean over problems: Wilson's where all values are 0 or 1,
+    else the normal one. NaN for one value that is neither."""
     n, center, z = len(values), mean(values), 1.96
     if set(values) <= {0.0, 1.0}:
         spread = z * math.sqrt(center * (1 - center) / n + z**2 / (4 * n**2))
@@ -180,11 +219,15 @@ def row(name: str, measure: str, values: list[float], episodes: list[Answered]) 
 
 
 def greedy_rows(name: str, task: Task, episodes: list[Answered], args: Args) -> list[dict]:
-    """The task's measures; services that the training split of a schema does not have make rows of their own."""
+    """The task's measures; services that the training split of a schema does not have make rows of
+    their own."""
     groups = {name: episodes}
     if isinstance(task, DialogueTask):
         unseen = [e for e in episodes if e.problem.answer.group == UNSEEN]
-        groups = {name: [e for e in episodes if e not in unseen], f"{name}, unseen services": unseen}
+        groups = {
+            name: [e for e in episodes if e not in unseen],
+            f"{name}, unseen services": unseen,
+        }
     rows = []
     for group, members in groups.items():
         measured = [task.measure([(e.problem, judged(e, args))]) for e in members]
@@ -194,7 +237,9 @@ def greedy_rows(name: str, task: Task, episodes: list[Answered], args: Args) -> 
     return rows
 
 
-def sampled_rows(name: str, task: Task, problems: list[Problem], episodes: list[Answered], args: Args) -> list[dict]:
+def sampled_rows(
+    name: str, task: Task, problems: list[Problem], episodes: list[Answered], args: Args
+) -> list[dict]:
     """avg@k, pass@k and maj@k of `episodes`, --samples for each problem in turn."""
     if isinstance(task, DialogueTask):  # as in the greedy rows, services known from training
         episodes = [e for e in episodes if e.problem.answer.group != UNSEEN]
@@ -204,12 +249,20 @@ def sampled_rows(name: str, task: Task, problems: list[Problem], episodes: list[
     right = [sum(task.grade(e.problem, judged(e, args)) for e in group) for group in groups]
     rows = [row(name, f"{what} avg@{n}", [r / n for r in right], episodes)]
     rows += [
-        row(name, f"{what} pass@{k}", [pass_at_k(int(r), n, k) for r in right], episodes) for k in args.pass_at or (n,)
+        row(name, f"{what} pass@{k}", [pass_at_k(int(r), n, k) for r in right], episodes)
+        for k in args.pass_at or (n,)
     ]
     if not isinstance(task, DialogueTask):
-        votes = [Counter(task.final_answer(e.problem, judged(e, args)[-1]) for e in group) for group in groups]
-        chosen = [max((a for a in count if a), key=count.__getitem__, default="") for count in votes]
-        agreed = [task.grade(p, [f"#### {label}"]) for p, label in zip(problems, chosen, strict=True)]
+        votes = [
+            Counter(task.final_answer(e.problem, judged(e, args)[-1]) for e in group)
+            for group in groups
+        ]
+        chosen = [
+            max((a for a in count if a), key=count.__getitem__, default="") for count in votes
+        ]
+        agreed = [
+            task.grade(p, [f"#### {label}"]) for p, label in zip(problems, chosen, strict=True)
+        ]
         rows.append(row(name, f"{what} maj@{n}", agreed, episodes))
     return rows
 
@@ -219,17 +272,28 @@ def main(args: Args) -> None:
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
     if any(not 1 <= k <= args.samples for k in args.pass_at):
-        stop(f"--pass-at {' '.join(map(str, args.pass_at))}: must be between 1 and --samples ({args.samples})")
+        stop(
+            f"--pass-at {' '.join(map(str, args.pass_at))}: must be between 1 and --samples ({args.samples})"
+        )
     defaults = DEFAULTS[args.task or "math"]
-    names = (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)
+    names = (
+        (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)
+    )
     model = args.model or defaults["model"]
     console, device = Console(highlight=False), pick_device(args.device)
     policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
     policy = policy.to(getattr(torch, args.dtype))
-    out = args.out or Path("runs") / f"evaluate__{Path(model).name}__{time.strftime('%Y%m%d-%H%M%S')}"
-    loaded = {name: load_problems(args, name, chat) for name in names}  # before anything is computed
+    out = (
+        args.out or Path("runs") / f"evaluate__{Path(model).name}__{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    loaded = {
+        name: load_problems(args, name, chat) for name in names
+    }  # before anything is computed
     out.mkdir(parents=True, exist_ok=True)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(args).items()}
+    flags = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(args).items()
+    }
     write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
     rows = []
     with (out / "completions.jsonl").open("w") as file:
@@ -245,8 +309,15 @@ def main(args: Args) -> None:
                 rows += sampled_rows(name, task, problems, sampled, args)
             for decoding, episodes in (("greedy", greedy), ("sampled", sampled)):
                 for e in episodes:
-                    line = {"data set": name, "decoding": decoding, **task.show(e.problem, e.completions)}
-                    line |= {"finished": e.finished, "right": task.grade(e.problem, judged(e, args))}
+                    line = {
+                        "data set": name,
+                        "decoding": decoding,
+                        **task.show(e.problem, e.completions),
+                    }
+                    line |= {
+                        "finished": e.finished,
+                        "right": task.grade(e.problem, judged(e, args)),
+                    }
                     file.write(json.dumps(line) + "\n")
     with (out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -255,12 +326,20 @@ def main(args: Args) -> None:
     table = Table(title=model, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in ("measure", "value", "95 % interval", "problems", "tokens", "cut off"):
         table.add_column(
-            column, justify="left" if column == "measure" else "right", overflow="fold", no_wrap=column != "measure"
+            column,
+            justify="left" if column == "measure" else "right",
+            overflow="fold",
+            no_wrap=column != "measure",
         )
     for before, r in zip([None, *rows], rows, strict=False):
         if before is None or before["data set"] != r["data set"]:
             table.add_row(Text(r["data set"], style="bold"))
-        numbers = (f"{r['value']:.3f}", f"{r['low']:.3f} - {r['high']:.3f}", str(r["problems"]), f"{r['tokens']:.0f}")
+        numbers = (
+            f"{r['value']:.3f}",
+            f"{r['low']:.3f} - {r['high']:.3f}",
+            str(r["problems"]),
+            f"{r['tokens']:.0f}",
+        )
         table.add_row(f"  {r['measure']}", *numbers, f"{r['cut off']:.2f}")
     console.print(table)
     console.print(f"{out}: results.csv, completions.jsonl")

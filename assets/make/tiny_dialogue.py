@@ -1,17 +1,18 @@
-"""Make the embedded dialogue default again: `assets/tiny_dialogue`, the model that starts on the embedded schema.
+"""Make the embedded dialogue default again: `assets/tiny_dialogue`, the model that starts on the
+embedded schema.
 
-    python -m utils.make_tiny_dialogue                     # about 10 minutes on two cores, same bytes every time
-    python -m utils.make_tiny_dialogue --out /tmp/other --steps 500
+    python -m assets.make.tiny_dialogue                     # about 10 minutes on two cores, same bytes every time
+    python -m assets.make.tiny_dialogue --out /tmp/other --steps 500
 
-A Llama of 1.1 M parameters, trained by next-token prediction on dialogues of the simulated user with a *careless clerk*, who
-knows the rules but guesses some values instead of asking, overhears it when the user takes something back, confuses intents,
-chats, and answers a question about the result with a phrase. Which mistakes are habits depends on the slot and the intent, so
-greedy decoding repeats them and sampling finds the right way now and then. The mistakes stand in the text, so a reward model
-and a critic can see them.
+A Llama of 1.1 M parameters, trained by next-token prediction on dialogues of the simulated user
+with a *careless clerk*, who knows the rules but guesses some values instead of asking, overhears it
+when the user takes something back, confuses intents, chats, and answers a question about the result
+with a phrase. Which mistakes are habits depends on the slot and the intent, so greedy decoding
+repeats them and sampling finds the right way now and then. The mistakes stand in the text, so a
+reward model and a critic can see them.
 
-Services are varied while training (other intent names, slots more or fewer), so that the model reads its prompt and can meet
-the services that the test split alone has.
-"""
+Services are varied while training (other intent names, slots more or fewer), so that the model
+reads its prompt and can meet the services that the test split alone has."""
 
 import dataclasses
 import random
@@ -22,9 +23,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from utils.dialogue import User, first_message
-from utils.goals import Goal, Service, domain, draw_goal, load_schema, side, spoken
-from utils.make_tiny_math import Row, Training, make_tokenizer, train
+from assets.make.tiny_math import Row, Training, make_tokenizer, train
+from utils.world.dialogue import User, first_message
+from utils.world.goals import Goal, Service, domain, draw_goal, load_schema, side, spoken
 
 SCHEMA = Path("assets/data/tiny_dialogue")
 
@@ -34,7 +35,15 @@ GUESSED = {
     "recipient": 0.6, "destination": 0.5,
 }  # fmt: skip
 # For a result: to answer the question about it with a phrase.
-EVADED = {"code": 0.75, "fee": 0.4, "price": 0.7, "platform": 0.4, "minutes": 0.75, "row": 0.4, "venue": 0.75}
+EVADED = {
+    "code": 0.75,
+    "fee": 0.4,
+    "price": 0.7,
+    "platform": 0.4,
+    "minutes": 0.75,
+    "row": 0.4,
+    "venue": 0.75,
+}
 OVERHEARD = 0.9  # a value that was taken back is used all the same
 CONFUSED = 0.2  # the other intent of the service
 FORGOTTEN = 0.6  # an optional slot is left out of the call
@@ -51,7 +60,8 @@ EMPTY = ("Great choice!", "I am happy to help.", "That sounds nice. Let me see."
 
 
 def clerk(user: User, rng: random.Random, careful: bool = False) -> str:
-    """The next turn of the careless clerk, or of one who makes no mistakes, in answer to the user."""
+    """The next turn of the careless clerk, or of one who makes no mistakes, in answer to the
+    user."""
 
     def errs(rate: float) -> bool:
         return not careful and rng.random() < rate
@@ -64,7 +74,11 @@ def clerk(user: User, rng: random.Random, careful: bool = False) -> str:
     subgoal, intent = user.subgoal, user.subgoal.intent
     if len(user.done) > user.index:
         slot = user.waiting[0]
-        return phrase(EVADE) if errs(EVADED.get(slot, 0.1)) else phrase(TELL, spoken(slot), subgoal.results[slot])
+        return (
+            phrase(EVADE)
+            if errs(EVADED.get(slot, 0.1))
+            else phrase(TELL, spoken(slot), subgoal.results[slot])
+        )
     missing = [slot for slot in intent.required if slot not in user.told]
     guessed = [slot for slot in missing if errs(GUESSED.get(slot, 0.03))]
     asked = [slot for slot in missing if slot not in guessed]
@@ -78,11 +92,17 @@ def clerk(user: User, rng: random.Random, careful: bool = False) -> str:
     if errs(CONFUSED):
         intent = rng.choice(list(user.goal.calls.values()))
     values = {}
-    for slot in intent.required + tuple(s for s in intent.optional if s in user.told and not errs(FORGOTTEN)):
+    for slot in intent.required + tuple(
+        s for s in intent.optional if s in user.told and not errs(FORGOTTEN)
+    ):
         values[slot] = user.told.get(slot) or rng.choice(user.goal.values[slot])
         if subgoal.change and subgoal.change[0] == slot and errs(OVERHEARD):
             values[slot] = subgoal.change[1]
-    call = f"call({intent.name}; " + "; ".join(f"{slot}={value}" for slot, value in values.items()) + ")"
+    call = (
+        f"call({intent.name}; "
+        + "; ".join(f"{slot}={value}" for slot, value in values.items())
+        + ")"
+    )
     if errs(MALFORMED):
         call = rng.choice([call[:-1], call.replace("; ", ", "), call.replace("=", " ")])
     return "\n".join(line for line in (phrase(ACT), call) if line)
@@ -98,7 +118,20 @@ def talk(goal: Goal, rng: random.Random, careful: bool = False, most_turns: int 
     return turns
 
 
-VERBS = ("Find", "Book", "Buy", "Check", "Get", "Order", "Plan", "Make", "See", "Rent", "Take", "Ask")
+VERBS = (
+    "Find",
+    "Book",
+    "Buy",
+    "Check",
+    "Get",
+    "Order",
+    "Plan",
+    "Make",
+    "See",
+    "Rent",
+    "Take",
+    "Ask",
+)
 NOUNS = (
     "Table", "Room", "Hotel", "Car", "Train", "Berth", "Bus", "Ride", "Visit", "Doctor", "Lesson", "Garden", "Seat", "Show",
     "Movie", "Song", "Bill", "Loan", "Card", "Account", "Trip", "Tour", "Bike", "House", "Session", "Game", "Boat", "Therapist",
@@ -106,21 +139,31 @@ NOUNS = (
 
 
 def vary(service: Service, values: dict[str, tuple[str, ...]], rng: random.Random) -> Service:
-    """A service like this one: now and then with other intents' names, a slot fewer, or a slot of other services."""
+    """A service like this one: now and then with other intents' names, a slot fewer, or a slot of
+    other services."""
     intents = {}
     for intent in service.intents.values():
         required, name, description = list(intent.required), intent.name, intent.description
         if rng.random() < 0.3:
             verb, noun = rng.choice(VERBS), rng.choice(NOUNS)
-            name, description = verb + noun, f"{verb.lower()} {rng.choice(['a', 'the'])} {noun.lower()}"
+            name, description = (
+                verb + noun,
+                f"{verb.lower()} {rng.choice(['a', 'the'])} {noun.lower()}",
+            )
         if len(required) > 2 and rng.random() < 0.25:
             required.remove(rng.choice(required))
         if rng.random() < 0.25:
-            required.append(rng.choice([s for s in values if s not in required + list(intent.optional)]))
+            required.append(
+                rng.choice([s for s in values if s not in required + list(intent.optional)])
+            )
         if name not in intents:
             results = tuple(slot for slot in intent.results if slot not in required)
             intents[name] = dataclasses.replace(
-                intent, name=name, description=description, required=tuple(required), results=results
+                intent,
+                name=name,
+                description=description,
+                required=tuple(required),
+                results=results,
             )
     return Service(service.name, intents, values | service.values)
 
@@ -166,7 +209,9 @@ class Args(Training):
 
 def main(args: Args) -> None:
     start = time.time()
-    torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
+    torch.set_num_threads(
+        2
+    )  # the order of summation, and so the last bit of every weight, depends on it
     tokenizer = make_tokenizer([text for turns in dialogues(4000, args.seed) for _, text in turns])
 
     def examples(count: int, seed: int) -> list[Row]:
@@ -175,7 +220,9 @@ def main(args: Args) -> None:
             tokens, labels = [], []
             for role, text in turns:
                 ids = tokenizer.encode(
-                    f"{text}{tokenizer.eos_token}" if role == "assistant" else f"<|user|>{text}<|assistant|>"
+                    f"{text}{tokenizer.eos_token}"
+                    if role == "assistant"
+                    else f"<|user|>{text}<|assistant|>"
                 )
                 tokens += ids
                 labels += ids if role == "assistant" else [-100] * len(ids)

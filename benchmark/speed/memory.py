@@ -1,12 +1,14 @@
-"""Peak memory: of log-probabilities and entropy with all logits at once and in the scripts' chunks, and of whole updates.
+"""Peak memory: of log-probabilities and entropy with all logits at once and in the scripts' chunks,
+and of whole updates.
 
-    python benchmark/memory.py                               # about 5 minutes on a CPU; with --device cuda the allocator's peak
+    python benchmark/speed/memory.py                               # about 5 minutes on a CPU; with --device cuda the allocator's peak
 
-Each figure comes from a process of its own. Of the head (that of SmolLM2-135M and of Qwen2.5-0.5B, on random hidden states) it is the
-peak of a forward and backward pass above what the process held before (resident memory on a CPU). Of updates it is the peak that
-vrpo_math.py logs, whole and less what weights, gradients and Adam's moments take by arithmetic, for random models that
-differ in the vocabulary alone and for several micro-batches. Writes benchmark/results/memory.md and memory_updates.md.
-"""
+Each figure comes from a process of its own. Of the head (that of SmolLM2-135M and of Qwen2.5-0.5B,
+on random hidden states) it is the peak of a forward and backward pass above what the process held
+before (resident memory on a CPU). Of updates it is the peak that vrpo_math.py logs, whole and less
+what weights, gradients and Adam's moments take by arithmetic, for random models that differ in the
+vocabulary alone and for several micro-batches. Writes benchmark/results/memory.md and
+memory_updates.md."""
 
 import json
 import subprocess
@@ -20,12 +22,19 @@ import pandas as pd
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import ppo_baseline as ppo  # noqa: E402
 
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen2.5-0.5B": (151_936, 896)}
-UPDATES = [(1_024, 16), (8_192, 16), (49_152, 16), (151_936, 16), (49_152, 4), (49_152, 64)]  # vocabulary, micro-batch
+UPDATES = [
+    (1_024, 16),
+    (8_192, 16),
+    (49_152, 16),
+    (151_936, 16),
+    (49_152, 4),
+    (49_152, 64),
+]  # vocabulary, micro-batch
 
 
 @dataclass
@@ -86,7 +95,8 @@ def measure_updates(args: Args) -> None:
     ]
     for vocabulary, micro_batch_size in UPDATES:
         parameters, peak = measure_update(vocabulary, micro_batch_size, args.device)
-        # policy and critic: weights, gradients and two moments; the reference; the critic's frozen head
+        # policy and critic: weights, gradients and two moments; the reference; the critic's frozen
+        # head
         held = 4 * (9 * parameters + vocabulary * 64) / 1e9
         cells = [
             f"{vocabulary:,}",
@@ -114,7 +124,14 @@ def main(args: Args) -> None:
         for tokens in args.tokens:
             cells = []
             for at_once in (2**60, ppo.LOGITS_AT_ONCE):
-                command = [sys.executable, __file__, "--device", args.device, "--one", f"{name},{tokens},{at_once}"]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--device",
+                    args.device,
+                    "--one",
+                    f"{name},{tokens},{at_once}",
+                ]
                 found = subprocess.run(command, capture_output=True, text=True)
                 if found.returncode:  # out of memory
                     cells += ["does not fit", ""]

@@ -1,6 +1,7 @@
-"""What ails a run: reads args.json and metrics.csv and says in plain words which known failures show, with the evidence and a flag.
+"""What ails a run: reads args.json and metrics.csv and says in plain words which known failures
+show, with the evidence and a flag.
 
-python -m utils.diagnose runs/A runs/B                                  # every run does this for itself at its end
+    python -m utils.diagnose runs/A runs/B                   # every run ends with this
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from utils.errors import stop
-from utils.plot import read_run
+from utils.report.plot import read_run
 
 Series = dict[int, float]  # update: value
 LEAST = 6  # updates; of fewer nothing is said
@@ -19,7 +20,8 @@ LEAST = 6  # updates; of fewer nothing is said
 
 @dataclass
 class Finding:
-    """A failure, the numbers that show it, the first update from which on they do, and what to try."""
+    """A failure, the numbers that show it, the first update from which on they do, and what to
+    try."""
 
     name: str
     evidence: str
@@ -51,13 +53,15 @@ class History:
         return fmean(values[-max(1, len(values) // 3) :])
 
     def running(self, key: str) -> dict[int, float]:
-        """Means of five updates in a row by the last of them; the first of these stands for all updates up to it."""
+        """Means of five updates in a row by the last of them; the first of these stands for all
+        updates up to it."""
         updates, values = list(self.metrics[key]), list(self.metrics[key].values())
         means = {updates[i]: fmean(values[i - 4 : i + 1]) for i in range(4, len(values))}
         return {updates[0]: means.pop(updates[4])} | means
 
     def since(self, key: str, holds) -> int:
-        """The first update of the last stretch in which the running mean satisfies `holds`; the last update if there is none."""
+        """The first update of the last stretch in which the running mean satisfies `holds`; the
+        last update if there is none."""
         means = self.running(key)
         held = [update for update, mean in means.items() if holds(mean)] or [max(means)]
         broken = [update for update, mean in means.items() if not holds(mean) and update < held[-1]]
@@ -80,7 +84,9 @@ TRUER = {
 def truer_reward(run: History) -> str:
     if run.flags.get("reward_model"):
         return "another --reward-model"
-    return TRUER.get(run.flags.get("noise"), "problems whose answers are checked more surely (--dataset)")
+    return TRUER.get(
+        run.flags.get("noise"), "problems whose answers are checked more surely (--dataset)"
+    )
 
 
 def more_kl(run: History) -> str:
@@ -92,8 +98,8 @@ def smaller_steps(run: History) -> str:
 
 
 def useless_channel(run: History) -> Finding | None:
-    """The observed reward says next to nothing about the true one. (A reward model may be right about answers to one prompt and wrong
-    between prompts, which this number does not see.)"""
+    """The observed reward says next to nothing about the true one. (A reward model may be right
+    about answers to one prompt and wrong between prompts, which this number does not see.)"""
     if not run.has("reward/youden_j") or run.flags.get("reward_model"):
         return None
     j = fmean(run.metrics["reward/youden_j"].values())
@@ -116,7 +122,9 @@ def blind_critic(run: History) -> Finding | None:
         advice += ", a lower --beta or lower --lambda-ent and --lambda-ppl"
     text = f"{key} is {late:.3f} over the last third of the run"
     losses = list(run.metrics.get("losses/value", {}).values())
-    if losses and max(losses) > 10 * median(losses):  # it was thrown far off and could not come back
+    if losses and max(losses) > 10 * median(
+        losses
+    ):  # it was thrown far off and could not come back
         text += f"; losses/value went up to {max(losses):.0f}, its median is {median(losses):.1f}"
         advice = "a lower --critic-learning-rate and --head-learning-rate"
     return Finding(f"the critic {says}", text, run.since(key, lambda x: x < 0.02), advice)
@@ -132,7 +140,10 @@ def collapsed_bottleneck(run: History) -> Finding | None:
     text = f"vrpo/ib_kl is {kl:.4f} nats and vrpo/latent_std {sigma:.2f} over the last third of the run"
     advice = "a lower --beta or a longer --beta-warmup"
     return Finding(
-        "the bottleneck has collapsed to the prior", text, run.since("vrpo/ib_kl", lambda x: x < 0.03), advice
+        "the bottleneck has collapsed to the prior",
+        text,
+        run.since("vrpo/ib_kl", lambda x: x < 0.03),
+        advice,
     )
 
 
@@ -141,26 +152,39 @@ def dominating_kl(run: History) -> Finding | None:
     if not run.has("vrpo/ib_kl", "losses/value") or not run.flags.get("beta"):
         return None
     warmup = run.now("beta_warmup", 1)
-    prices = {u: run.flags["beta"] * min(1.0, u / warmup) * kl for u, kl in run.metrics["vrpo/ib_kl"].items()}
+    prices = {
+        u: run.flags["beta"] * min(1.0, u / warmup) * kl
+        for u, kl in run.metrics["vrpo/ib_kl"].items()
+    }
     run = History(run.flags, run.metrics | {"price": prices})
     price, error = run.late("price"), run.late("losses/value")
     if price <= error:
         return None
     text = f"beta L_KL is {price:.2f} over the last third of the run, the value loss {error:.2f}"
-    return Finding("the bottleneck's KL dominates", text, run.since("price", lambda x: x > error), "a lower --beta")
+    return Finding(
+        "the bottleneck's KL dominates",
+        text,
+        run.since("price", lambda x: x > error),
+        "a lower --beta",
+    )
 
 
 def starved_tokens(run: History) -> Finding | None:
     """The semantic losses act on hardly any token, and the critic forgets the language."""
     key = "vrpo/perplexity_aux"
-    if not run.has(key, "vrpo/active_tokens") or not (run.flags.get("lambda_ppl") or run.flags.get("lambda_ent")):
+    if not run.has(key, "vrpo/active_tokens") or not (
+        run.flags.get("lambda_ppl") or run.flags.get("lambda_ent")
+    ):
         return None
     share = run.late("vrpo/active_tokens")
     if share >= 0.1:
         return None
     text = f"vrpo/active_tokens is {share:.3f} over the last third of the run, {key} {run.late(key):.2f}"
     return Finding(
-        "the semantic losses act on hardly any token", text, next(iter(run.metrics[key])), "--token-ratio 0.8"
+        "the semantic losses act on hardly any token",
+        text,
+        next(iter(run.metrics[key])),
+        "--token-ratio 0.8",
     )
 
 
@@ -175,7 +199,12 @@ def inflating_length(run: History) -> Finding | None:
         return None
     text = f"{key} went from {before:.0f} to {after:.0f} tokens while {truth} went from {run.early(truth):.2f} to {run.late(truth):.2f}"
     advice = f"{more_kl(run)}, {truer_reward(run)}"
-    return Finding("answers grow without getting better", text, run.since(key, lambda x: x >= 1.25 * before), advice)
+    return Finding(
+        "answers grow without getting better",
+        text,
+        run.since(key, lambda x: x >= 1.25 * before),
+        advice,
+    )
 
 
 def hacked_reward(run: History) -> Finding | None:
@@ -184,26 +213,37 @@ def hacked_reward(run: History) -> Finding | None:
     if not run.has(seen, truth):
         return None
     up, down = run.late(seen) - run.early(seen), run.late(truth) - run.early(truth)
-    prompts = len(run.metrics[truth]) * run.flags["prompts_per_update"]  # the samples of one may all be right or wrong
-    error = (0.25 * (5 + 3) / prompts) ** 0.5  # at most, of a share in a third less that in a fifth of the run
+    prompts = (
+        len(run.metrics[truth]) * run.flags["prompts_per_update"]
+    )  # the samples of one may all be right or wrong
+    error = (
+        0.25 * (5 + 3) / prompts
+    ) ** 0.5  # at most, of a share in a third less that in a fifth of the run
     if up < max(0.05, 2 * error) or down > -max(0.03, 2 * error):
         return None
     level = run.early(truth) - 0.03
     text = f"{seen} rose by {up:.2f} while {truth} fell by {-down:.2f}"
     return Finding(
-        "the reward is being exploited", text, run.since(truth, lambda x: x < level), f"{more_kl(run)}, fewer --updates"
+        "the reward is being exploited",
+        text,
+        run.since(truth, lambda x: x < level),
+        f"{more_kl(run)}, fewer --updates",
     )
 
 
 def collapse(run: History) -> Finding | None:
     """Clean held-out performance was better before."""
-    key = next((k for k in ("eval/accuracy", "eval/average") if len(run.metrics.get(k, {})) >= 3), None)
+    key = next(
+        (k for k in ("eval/accuracy", "eval/average") if len(run.metrics.get(k, {})) >= 3), None
+    )
     if key is None:
         return None
     values = run.metrics[key]
     best = max(values, key=values.get)
     peak, last = values[best], values[max(values)]
-    error = (2 * peak * (1 - min(peak, 1)) / run.flags.get("eval_size", 512)) ** 0.5  # of a difference of two shares
+    error = (
+        2 * peak * (1 - min(peak, 1)) / run.flags.get("eval_size", 512)
+    ) ** 0.5  # of a difference of two shares
     fallen = max(0.03, 2 * error)
     if peak - last <= fallen:
         return None
@@ -214,7 +254,8 @@ def collapse(run: History) -> Finding | None:
 
 
 def noisy_advantages(run: History) -> Finding | None:
-    """Nearly all of the variance of the advantages comes from the errors of the reward, not from the outcomes."""
+    """Nearly all of the variance of the advantages comes from the errors of the reward, not from
+    the outcomes."""
     key = "objective/advantage_noise"
     if not run.has(key) or run.late(key) < 0.9:
         return None
@@ -224,9 +265,13 @@ def noisy_advantages(run: History) -> Finding | None:
         return None
     text = f"the reward's errors make {run.late(key):.0%} of the variance of the advantages over the last third of the run ({key})"
     advice = f"{truer_reward(run)}; if there is none, more --prompts-per-update"
-    if run.now("temperature", 1.0) < 0.7:  # answers to one prompt are all alike, and only the errors tell them apart
+    if (
+        run.now("temperature", 1.0) < 0.7
+    ):  # answers to one prompt are all alike, and only the errors tell them apart
         advice = "--temperature 1"
-    return Finding("the advantages are mostly noise", text, run.since(key, lambda x: x >= 0.9), advice)
+    return Finding(
+        "the advantages are mostly noise", text, run.since(key, lambda x: x >= 0.9), advice
+    )
 
 
 def dead_entropy(run: History) -> Finding | None:
@@ -267,7 +312,9 @@ def cut_answers(run: History) -> Finding | None:
     if not run.has(key) or run.late(key) >= 0.7:
         return None
     text = f"{key} is {run.late(key):.2f} over the last third of the run"
-    return Finding("answers are cut off", text, run.since(key, lambda x: x < 0.7), "a higher --max-new-tokens")
+    return Finding(
+        "answers are cut off", text, run.since(key, lambda x: x < 0.7), "a higher --max-new-tokens"
+    )
 
 
 SIGNATURES = (
@@ -277,11 +324,16 @@ SIGNATURES = (
 
 
 def diagnose(folder: Path) -> list[Finding]:
-    """The findings of a run, those first that began first (causes tend to precede); none for a run of fewer than LEAST updates."""
+    """The findings of a run, those first that began first (causes tend to precede); none for a run
+    of fewer than LEAST updates."""
     flags, by_episodes = read_run(folder)
     updates = {episodes: int(update) for episodes, update in by_episodes["update"].items()}
-    metrics = {key: {updates[e]: x for e, x in series.items()} for key, series in by_episodes.items()}
-    findings = [finding for signature in SIGNATURES if (finding := signature(History(flags, metrics)))]
+    metrics = {
+        key: {updates[e]: x for e, x in series.items()} for key, series in by_episodes.items()
+    }
+    findings = [
+        finding for signature in SIGNATURES if (finding := signature(History(flags, metrics)))
+    ]
     return sorted(findings, key=lambda finding: finding.since)
 
 

@@ -1,16 +1,18 @@
-"""Reward models: loading and scoring, and the training of one on preferences with noise and a length bias.
+"""Reward models: loading and scoring, and the training of one on preferences with noise and a
+length bias.
 
     python -m utils.reward_model                              # the embedded one again, about 2 minutes on two cores
     python -m utils.reward_model --policy DIR --schema DIR --out DIR
 
-Dialogues are sampled from the warm-started policy, two for each goal. An annotator prefers the one with the better true outcome
-(mean of TCR, ACR and GCR), but errs with `--label-noise`, and with `--length-bias` just takes the longer one. A reward model,
-the policy's backbone with a scalar head, learns from these labels with the Bradley-Terry loss
+Dialogues are sampled from the warm-started policy, two for each goal. An annotator prefers the one
+with the better true outcome (mean of TCR, ACR and GCR), but errs with `--label-noise`, and with
+`--length-bias` just takes the longer one. A reward model, the policy's backbone with a scalar head,
+learns from these labels with the Bradley-Terry loss
 
     -log sigmoid(score(chosen) - score(rejected)).
 
-Its accuracy is reported against the true outcome and against the annotator, on goals held out from training.
-"""
+Its accuracy is reported against the true outcome and against the annotator, on goals held out from
+training."""
 
 import json
 import random
@@ -25,11 +27,11 @@ from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.dialogue import DialogueTask, outcome
 from utils.errors import stop
 from utils.models import answer, conversation_ids, first_line, load_policy, pick_device
-from utils.problems import Problem
 from utils.run import check_ranges
+from utils.world.dialogue import DialogueTask, outcome
+from utils.world.problems import Problem
 
 Conversation = list[dict[str, str]]
 
@@ -42,7 +44,10 @@ class RewardModel:
 
     def __call__(self, conversations: list[Conversation]) -> Tensor:
         """Scores (B,) of conversations, with gradient."""
-        rows = [conversation_ids(self.tokenizer, messages, to_be_continued=False) for messages in conversations]
+        rows = [
+            conversation_ids(self.tokenizer, messages, to_be_continued=False)
+            for messages in conversations
+        ]
         rows = [
             row[-getattr(self.model.config, "max_position_embeddings", len(row)) :] for row in rows
         ]  # the end counts
@@ -52,7 +57,10 @@ class RewardModel:
     @torch.no_grad()
     def score(self, conversations: list[Conversation]) -> list[float]:
         """Scores of conversations; those of similar length go through the model together."""
-        order = sorted(range(len(conversations)), key=lambda i: sum(len(m["content"]) for m in conversations[i]))
+        order = sorted(
+            range(len(conversations)),
+            key=lambda i: sum(len(m["content"]) for m in conversations[i]),
+        )
         scores = [0.0] * len(conversations)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -61,42 +69,54 @@ class RewardModel:
         return scores
 
     def score_episodes(self, task, episodes: list, per: str) -> Tensor:
-        """Scores (B, K) of the conversations up to each of their last K turns, the last turn's in the last column, NaN where an
-        episode has no such turn. K = 1 for `episode`, the most turns of any episode for `turn`."""
+        """Scores (B, K) of the conversations up to each of their last K turns, the last turn's in
+        the last column, NaN where an episode has no such turn. K = 1 for `episode`, the most turns
+        of any episode for `turn`."""
         most = max(len(e.completions) for e in episodes) if per == "turn" else 1
         scores = torch.full((len(episodes), most), float("nan"))
-        cells = [(i, k) for i, e in enumerate(episodes) for k in range(min(most, len(e.completions)))]  # k turns later
-        heard = [(episodes[i].problem, episodes[i].completions[: len(episodes[i].completions) - k]) for i, k in cells]
+        cells = [
+            (i, k) for i, e in enumerate(episodes) for k in range(min(most, len(e.completions)))
+        ]  # k turns later
+        heard = [
+            (episodes[i].problem, episodes[i].completions[: len(episodes[i].completions) - k])
+            for i, k in cells
+        ]
         found = self.score([task.messages(problem, turns) for problem, turns in heard])
         for (i, k), score in zip(cells, found, strict=True):
             scores[i, most - 1 - k] = score
         return scores
 
 
-def on_reward_scale(raw: Tensor, scale: tuple[float, float] | None) -> tuple[Tensor, tuple[float, float]]:
-    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2, so that they are on the scale
-    of the rewards 0 and 1; NaN, where an episode has no such turn, becomes 0. `scale`, the mean and deviation of raw final
-    scores, comes from the first batch and is kept (None: take it from this one)."""
+def on_reward_scale(
+    raw: Tensor, scale: tuple[float, float] | None
+) -> tuple[Tensor, tuple[float, float]]:
+    """Reward-model scores (B, K), shifted and scaled to a fair coin's mean 1/2 and deviation 1/2,
+    so that they are on the scale of the rewards 0 and 1; NaN, where an episode has no such turn,
+    becomes 0. `scale`, the mean and deviation of raw final scores, comes from the first batch and
+    is kept (None: take it from this one)."""
     mean, deviation = scale or (raw[:, -1].mean().item(), raw[:, -1].std(correction=0).item())
     return (0.5 + 0.5 * (raw - mean) / max(deviation, 1e-6)).nan_to_num(0.0), (mean, deviation)
 
 
 def load_reward_model(name: str, device: torch.device, batch_size: int) -> RewardModel:
-    """A reward model from a Hugging Face folder or the hub. Stops with one sentence if it does not load, or has more than one
-    output."""
+    """A reward model from a Hugging Face folder or the hub. Stops with one sentence if it does not
+    load, or has more than one output."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         stop(f"--reward-model {name}: could not be loaded ({first_line(error)})")
     if model.config.num_labels != 1:
-        stop(f"--reward-model {name}: it has {model.config.num_labels} outputs; a reward model has one")
+        stop(
+            f"--reward-model {name}: it has {model.config.num_labels} outputs; a reward model has one"
+        )
     pad_by_eos(model, tokenizer)
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, batch_size)
 
 
 def pad_by_eos(model, tokenizer) -> None:
-    """A model finds the last token of a row by the padding behind it, so it needs a padding token: EOS, where it has none."""
+    """A model finds the last token of a row by the padding behind it, so it needs a padding token:
+    EOS, where it has none."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -140,27 +160,43 @@ class Args:
     """auto, cpu, cuda, ..."""
 
 
-def sample_dialogues(policy, chat, task: DialogueTask, problems: list[Problem], args: Args) -> list[list[str]]:
+def sample_dialogues(
+    policy, chat, task: DialogueTask, problems: list[Problem], args: Args
+) -> list[list[str]]:
     """The policy's turns in one dialogue for each problem."""
     turns: list[list[str]] = [[] for _ in problems]
-    live = [(i, [{"role": "user", "content": task.first_message(p)}]) for i, p in enumerate(problems)]
+    live = [
+        (i, [{"role": "user", "content": task.first_message(p)}]) for i, p in enumerate(problems)
+    ]
     for _ in range(args.max_turns):
         following = []
         for start in range(0, len(live), 256):
             some = live[start : start + 256]
-            texts = answer(policy, chat, [messages for _, messages in some], args.max_new_tokens, args.temperature)
+            texts = answer(
+                policy,
+                chat,
+                [messages for _, messages in some],
+                args.max_new_tokens,
+                args.temperature,
+            )
             for (i, messages), text in zip(some, texts, strict=True):
                 turns[i].append(text)
                 reply = task.reply(problems[i], turns[i])
                 if reply is not None:
-                    said = [{"role": "assistant", "content": text}, {"role": "user", "content": reply}]
+                    said = [
+                        {"role": "assistant", "content": text},
+                        {"role": "user", "content": reply},
+                    ]
                     following.append((i, messages + said))
         live = following
     return turns
 
 
-def preference_pairs(policy, chat, task, problems: list, args: Args) -> list[tuple[Conversation, Conversation, bool]]:
-    """(better, worse, agreed): two dialogues of a goal by their true outcome, and whether the annotator ranks them so."""
+def preference_pairs(
+    policy, chat, task, problems: list, args: Args
+) -> list[tuple[Conversation, Conversation, bool]]:
+    """(better, worse, agreed): two dialogues of a goal by their true outcome, and whether the
+    annotator ranks them so."""
     rng, pairs = random.Random(f"annotator {args.seed} {problems[0].key}"), []
     dialogues = sample_dialogues(policy, chat, task, problems * 2, args)
     for i, problem in enumerate(problems):
@@ -175,14 +211,21 @@ def preference_pairs(policy, chat, task, problems: list, args: Args) -> list[tup
     return pairs
 
 
-def accuracy(model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool]]) -> dict[str, float]:
+def accuracy(
+    model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool]]
+) -> dict[str, float]:
     """How often the model ranks a pair as the true outcome does, and as the annotator does."""
-    margins = [b - w for b, w in zip(*(model.score([pair[k] for pair in pairs]) for k in (0, 1)), strict=True)]
+    margins = [
+        b - w
+        for b, w in zip(*(model.score([pair[k] for pair in pairs]) for k in (0, 1)), strict=True)
+    ]
     return {
         "pairs": len(pairs),
         "annotator_against_truth": sum(agreed for _, _, agreed in pairs) / len(pairs),
         "model_against_truth": sum(m > 0 for m in margins) / len(pairs),
-        "model_against_annotator": sum((m > 0) == agreed for m, (_, _, agreed) in zip(margins, pairs, strict=True))
+        "model_against_annotator": sum(
+            (m > 0) == agreed for m, (_, _, agreed) in zip(margins, pairs, strict=True)
+        )
         / len(pairs),
     }
 
@@ -192,10 +235,14 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def train(model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool]], args: Args) -> None:
+def train(
+    model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool]], args: Args
+) -> None:
     """Fit the model to the annotator's labels, in place."""
     steps = args.epochs * -(-len(pairs) // args.batch_size)
-    optimizer = torch.optim.AdamW(model.model.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.model.parameters(), lr=args.learning_rate, weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     rng, order = random.Random(args.seed), []
     for _ in track(range(steps), description="reward model"):
@@ -213,7 +260,9 @@ def train(model: RewardModel, pairs: list[tuple[Conversation, Conversation, bool
 def main(args: Args) -> None:
     check_ranges(args)
     start = time.time()
-    torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
+    torch.set_num_threads(
+        2
+    )  # the order of summation, and so the last bit of every weight, depends on it
     device = pick_device(args.device)
     policy, chat = load_policy(args.policy, device)
     task = DialogueTask.load(args.schema, args.train_split, args.test_split, args.seed)
@@ -224,7 +273,9 @@ def main(args: Args) -> None:
         stop(
             f"--policy {args.policy}: the two dialogues of every goal have the same outcome, so there is nothing to rank"
         )
-    backbone = AutoModelForSequenceClassification.from_pretrained(args.policy, num_labels=1, dtype=torch.float32)
+    backbone = AutoModelForSequenceClassification.from_pretrained(
+        args.policy, num_labels=1, dtype=torch.float32
+    )
     pad_by_eos(backbone, chat.tokenizer)
     model = RewardModel(backbone.to(device), chat.tokenizer, args.batch_size)
     train(model, pairs, args)
@@ -232,7 +283,9 @@ def main(args: Args) -> None:
     found = accuracy(model, held_out)
     model.model.save_pretrained(args.out)
     model.tokenizer.save_pretrained(args.out)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    flags = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+    }
     report = {"held_out": found, "training": accuracy(model, pairs), "flags": flags}
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{args.out}: {len(pairs)} pairs, {found['pairs']} held out; {time.time() - start:.0f} s")

@@ -4,13 +4,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from utils.answers import choose, extract, is_correct, normal, same_words, short_answer, to_number
-from utils.data import Question, load_split
-from utils.dialogue import DialogueTask, User, first_message
 from utils.errors import stop
-from utils.goals import load_goals
 from utils.models import Chat
-from utils.problems import Problem, Task
+from utils.world.answers import (
+    choose,
+    extract,
+    is_correct,
+    normal,
+    same_words,
+    short_answer,
+    to_number,
+)
+from utils.world.data import Question, load_split
+from utils.world.dialogue import DialogueTask, User, first_message
+from utils.world.goals import load_goals
+from utils.world.problems import Problem, Task
 
 # Defaults of the flags that go with --task.
 DEFAULTS = {
@@ -30,7 +38,8 @@ DEFAULTS = {
 
 
 class MathTask(Task):
-    """Questions with one final answer, that of the last completion: a number or other mathematics, or the letter of an option."""
+    """Questions with one final answer, that of the last completion: a number or other mathematics,
+    or the letter of an option."""
 
     def grade(self, problem: Problem, completions: list[str]) -> float:
         """1.0 for a right final answer, 0.0 for a wrong one, NaN where no reference is known."""
@@ -44,7 +53,8 @@ class MathTask(Task):
         return is_correct(completion, answer)
 
     def final_answer(self, problem: Problem, completion: str) -> str:
-        """The final answer in a form in which equal letters, numbers or words are equal strings; "" where there is none."""
+        """The final answer in a form in which equal letters, numbers or words are equal strings; ""
+        where there is none."""
         if problem.options:
             return choose(completion, problem.options) or ""
         found = self.find(completion)
@@ -55,19 +65,26 @@ class MathTask(Task):
         return extract(completion) or ""
 
     def reply(self, problem: Problem, completions: list[str]) -> str | None:
-        """The user's next message after the given answers, or None where the episode is over. After a question the user has
-        but one thing to say, and only where --max-turns allows another turn."""
+        """The user's next message after the given answers, or None where the episode is over. After
+        a question the user has but one thing to say, and only where --max-turns allows another
+        turn."""
         return "Check your work and answer again."
 
     def show(self, problem: Problem, completions: list[str]) -> dict[str, str]:
         """An episode as the columns of a table."""
-        return {"question": problem.key, "completion": completions[-1], "reference": str(problem.answer)}
+        return {
+            "question": problem.key,
+            "completion": completions[-1],
+            "reference": str(problem.answer),
+        }
 
     def messages(self, problem: Problem, completions: list[str]) -> list[dict[str, str]]:
         """The conversation up to the last answer, without the prompt template."""
         turns = [{"role": "user", "content": problem.key}]
         for i, text in enumerate(completions):
-            turns += [{"role": "user", "content": self.reply(problem, completions[:i])}] if i else []
+            turns += (
+                [{"role": "user", "content": self.reply(problem, completions[:i])}] if i else []
+            )
             turns.append({"role": "assistant", "content": text})
         return turns
 
@@ -89,8 +106,9 @@ class ScienceTask(MathTask):
 
 
 def load_task(args, chat: Chat) -> Task:
-    """Both splits as the flags under "the task" say, as prompts. Drops what is too long, what of train is in test and what has no
-    reference (majority votes make their own), and stops with one sentence where something does not fit."""
+    """Both splits as the flags under "the task" say, as prompts. Drops what is too long, what of
+    train is in test and what has no reference (majority votes make their own), and stops with one
+    sentence where something does not fit."""
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
     kind, rows = load_dialogues(args) if args.task == "dialogue" else load_questions(args)
@@ -99,7 +117,10 @@ def load_task(args, chat: Chat) -> Task:
     for name, problems in splits.items():
         open_label = name == "train" and args.noise == "majority-vote"
         known = [row for row in rows[name] if row[2] is not None or open_label]
-        asked = [Problem(key, a, prompt(chat, args.prompt_template, q), options) for key, q, a, options in known]
+        asked = [
+            Problem(key, a, prompt(chat, args.prompt_template, q), options)
+            for key, q, a, options in known
+        ]
         short = [p for p in asked if len(p.prompt_ids) <= args.max_prompt_tokens]
         held_out = {p.key for p in splits["test"]}
         problems += [p for p in short if p.key not in held_out]
@@ -128,7 +149,8 @@ Rows = dict[str, list[tuple[str, str, Any, tuple[str, ...]]]]
 
 
 def load_questions(args) -> tuple[Callable, Rows]:
-    """Questions and reference answers of the data sets. The key of a problem is its question with the options."""
+    """Questions and reference answers of the data sets. The key of a problem is its question with
+    the options."""
 
     def problems(questions: list[Question]) -> list[tuple[str, str, Any, tuple[str, ...]]]:
         return [(q.message, q.message, q.answer, q.options) for q in questions]
@@ -139,13 +161,18 @@ def load_questions(args) -> tuple[Callable, Rows]:
         test = (*args.test_dataset.rsplit(":", 1), None)[:2]
     loaded = {
         "test": problems(load_split(args, *test, args.test_split, "test", False)),
-        "train": problems(load_split(args, args.dataset, args.dataset_config, args.train_split, "train", unlabelled)),
+        "train": problems(
+            load_split(
+                args, args.dataset, args.dataset_config, args.train_split, "train", unlabelled
+            )
+        ),
     }
     return {"math": MathTask, "science": ScienceTask}[args.task], loaded
 
 
 def load_dialogues(args) -> tuple[Callable, Rows]:
-    """Goals of the schema, each with the calls that the assistant may make and the user's opening words."""
+    """Goals of the schema, each with the calls that the assistant may make and the user's opening
+    words."""
     goals = load_goals(args.schema, args.train_split or "train", args.test_split or "test")
     rows = {
         name: [(g.key, first_message(g, User(g, args.seed).open()), g, ()) for g in members]

@@ -1,7 +1,7 @@
 """Learning curves of one or several runs.
 
-python -m utils.plot runs/A runs/B --out curves.png                     # a line for each run
-python -m utils.plot benchmark/results/long_runs/* --out curves.png     # runs that differ by seed alone: mean and range
+python -m utils.plot runs/A runs/B --out curves.png      # a line for each run
+python -m utils.plot benchmark/results/long_runs/*       # runs that differ by seed: a band
 """
 
 import csv
@@ -46,8 +46,8 @@ def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
 
 
 def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANELS) -> Path:
-    """Draw `panels` (metric: title) against episodes. Runs whose flags differ in nothing but the seed make one line, the mean,
-    in a band from the lowest to the highest. Returns `out`."""
+    """Draw `panels` (metric: title) against episodes. Runs whose flags differ in nothing but the
+    seed make one line, the mean, in a band from the lowest to the highest. Returns `out`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,29 +56,52 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
     groups: dict[str, list] = defaultdict(list)
     for folder in folders:
         flags, series = read_run(Path(folder))
-        same = {k: v for k, v in flags.items() if k not in ("seed", "run_name", "track", "wandb_project")}
+        same = {
+            k: v
+            for k, v in flags.items()
+            if k not in ("seed", "run_name", "track", "wandb_project")
+        }
         groups[json.dumps(same, sort_keys=True)].append((flags, series))
     flags_of = [json.loads(key) for key in groups]
-    varied = {k for f in flags_of for k in f if any(k in g and g[k] != f[k] for g in flags_of)} - {"script"}
-    panels = {key: title for key, title in panels.items() if any(s.get(key) for g in groups.values() for _, s in g)}
-    colors = [f"C{i}" for i in range(len(groups))]  # a method keeps its colour where it has no curve in a panel
+    varied = {k for f in flags_of for k in f if any(k in g and g[k] != f[k] for g in flags_of)} - {
+        "script"
+    }
+    panels = {
+        key: title
+        for key, title in panels.items()
+        if any(s.get(key) for g in groups.values() for _, s in g)
+    }
+    colors = [
+        f"C{i}" for i in range(len(groups))
+    ]  # a method keeps its colour where it has no curve in a panel
     if not panels:
         stop("none of these metrics is in any of the runs")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained"
+    )
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for color, flags, members in zip(colors, flags_of, groups.values(), strict=False):
-            script = flags["script"].removesuffix("_baseline").removesuffix("_math").removesuffix("_dialogue")
+            script = (
+                flags["script"]
+                .removesuffix("_baseline")
+                .removesuffix("_math")
+                .removesuffix("_dialogue")
+            )
             label = " ".join([script, *(f"{k}={flags[k]}" for k in sorted(varied) if k in flags)])
             curves = [series[key] for _, series in members if series.get(key)]
             if not curves:
                 continue
             x = sorted(set.intersection(*(set(c) for c in curves)))
             values = [[c[e] for c in curves] for e in x]
-            mean, low, high = ([f(v) for v in values] for f in (lambda v: sum(v) / len(v), min, max))
+            mean, low, high = (
+                [f(v) for v in values] for f in (lambda v: sum(v) / len(v), min, max)
+            )
             label += f" ({len(curves)} seeds)" if len(curves) > 1 else ""
-            axis.plot(x, mean, marker="o" if len(x) < 20 else None, markersize=3, color=color, label=label)
+            axis.plot(
+                x, mean, marker="o" if len(x) < 20 else None, markersize=3, color=color, label=label
+            )
             if len(curves) > 1:
                 axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         axis.set_title(title, fontsize=9)

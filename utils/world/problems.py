@@ -8,8 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """What an episode begins with. `key` names the problem in every random draw that belongs to it; `answer` is what counts as
-    right: a reference answer, the letter of one of the `options` where there are any, or the goal of a user."""
+    """What an episode begins with. `key` names the problem in every random draw that belongs to it;
+    `answer` is what counts as right: a reference answer, the letter of one of the `options` where
+    there are any, or the goal of a user."""
 
     key: str
     answer: Any
@@ -26,15 +27,16 @@ def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
 class Task:
     """What the tasks have in common.
 
-    `train` and `test` are lists of Problem; `dropped` counts the problems that were left out, by reason. A task also has
-    `grade(problem, completions)`, `reply(problem, completions)`, `messages(problem, completions)` and `measure(pairs)`.
-    """
+    `train` and `test` are lists of Problem; `dropped` counts the problems that were left out, by
+    reason. A task also has `grade(problem, completions)`, `reply(problem, completions)`,
+    `messages(problem, completions)` and `measure(pairs)`."""
 
     def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):
         self.train, self.test, self.dropped = train, test, dropped
 
     def batch(self, seed: int, update: int, size: int) -> list[Problem]:
-        """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed and epoch alone."""
+        """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed
+        and epoch alone."""
         problems = []
         for position in range((update - 1) * size, update * size):
             epoch, index = divmod(position, len(self.train))

@@ -1,15 +1,17 @@
-"""Make the embedded science default again: a small closed world (`assets/data/tiny_science`) and the tiny model that starts on it.
+"""Make the embedded science default again: a small closed world (`assets/data/tiny_science`) and
+the tiny model that starts on it.
 
-    python -m utils.make_tiny_science                     # about 12 minutes on two cores, same bytes every time
-    python -m utils.make_tiny_science --out /tmp/other --steps 500
+    python -m assets.make.tiny_science                     # about 12 minutes on two cores, same bytes every time
+    python -m assets.make.tiny_science --out /tmp/other --steps 500
 
-The world: things of nine topics (animals, materials, rocks, ...), each of some kind, and facts that hold for a kind. A question
-needs one step (a whale is a mammal) or two (a mammal breathes with lungs), or a comparison (wax that melts at 60 degrees is solid
-at 20). Two in three are multiple choice, the others want a short answer. The model is a Llama of 1.1 M parameters, trained by
-next-token prediction on the answers of a *pupil with misconceptions*, who more often than not holds a whale for a fish, stops
-after the first step, knows no southern winter, and often looks at two options of four or overhears "not". The mistakes stand
-written in the answer, so a critic can see them, and each spoils many questions, so what is learnt on one helps with others.
-"""
+The world: things of nine topics (animals, materials, rocks, ...), each of some kind, and facts that
+hold for a kind. A question needs one step (a whale is a mammal) or two (a mammal breathes with
+lungs), or a comparison (wax that melts at 60 degrees is solid at 20). Two in three are multiple
+choice, the others want a short answer. The model is a Llama of 1.1 M parameters, trained by
+next-token prediction on the answers of a *pupil with misconceptions*, who more often than not holds
+a whale for a fish, stops after the first step, knows no southern winter, and often looks at two
+options of four or overhears "not". The mistakes stand written in the answer, so a critic can see
+them, and each spoils many questions, so what is learnt on one helps with others."""
 
 import hashlib
 import json
@@ -23,14 +25,15 @@ from pathlib import Path
 import torch
 import tyro
 
-from utils.answers import LETTERS
-from utils.data import lay_out
-from utils.make_tiny_math import Row, Training, answer_rows, make_tokenizer, train
+from assets.make.tiny_math import Row, Training, answer_rows, make_tokenizer, train
+from utils.world.answers import LETTERS
+from utils.world.data import lay_out
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that holds for kinds of things: `values` by kind, and what the pupil believes of some kinds instead."""
+    """Something that holds for kinds of things: `values` by kind, and what the pupil believes of
+    some kinds instead."""
 
     ask: str
     find: str
@@ -40,7 +43,8 @@ class Fact:
 
 @dataclass(frozen=True)
 class Topic:
-    """Things by kind, the kinds that the pupil puts some of them in instead, and facts about the kinds."""
+    """Things by kind, the kinds that the pupil puts some of them in instead, and facts about the
+    kinds."""
 
     noun: str
     kinds: dict[str, str]
@@ -209,8 +213,9 @@ Errs = Callable[[float], bool]
 
 @dataclass(frozen=True)
 class Question:
-    """`options` is empty where a short answer is wanted. `solve(errs)` gives the lines of an answer and the answer in words, with
-    a mistake wherever `errs(rate)` says so. `key` is what a question is about, whatever its wording and order."""
+    """`options` is empty where a short answer is wanted. `solve(errs)` gives the lines of an answer
+    and the answer in words, with a mistake wherever `errs(rate)` says so. `key` is what a question
+    is about, whatever its wording and order."""
 
     text: str
     options: list[str]
@@ -226,8 +231,14 @@ def believed(topic: Topic, thing: str, errs: Errs) -> str:
 def about_kind(topic: Topic, rng: random.Random, choice: bool) -> Question:
     """What kind of animal is a whale?"""
     thing = pick_thing(topic, topic.things(), rng)
-    options = sample_with(topic.kind(thing), list(topic.kinds), topic.mistaken.get(thing), rng) if choice else []
-    text = rng.choice(["What kind of {0} is {1}?", "{1}: what kind of {0} is that?"]).format(topic.noun, thing)
+    options = (
+        sample_with(topic.kind(thing), list(topic.kinds), topic.mistaken.get(thing), rng)
+        if choice
+        else []
+    )
+    text = rng.choice(["What kind of {0} is {1}?", "{1}: what kind of {0} is that?"]).format(
+        topic.noun, thing
+    )
 
     def solve(errs: Errs) -> tuple[list[str], str]:
         kind = believed(topic, thing, errs)
@@ -246,7 +257,9 @@ def about_fact(topic: Topic, rng: random.Random, choice: bool) -> Question:
 
     def solve(errs: Errs) -> tuple[list[str], str]:
         held = believed(topic, thing, errs)
-        value = fact.mistaken[held] if held in fact.mistaken and errs(BELIEF) else fact.values.get(held)
+        value = (
+            fact.mistaken[held] if held in fact.mistaken and errs(BELIEF) else fact.values.get(held)
+        )
         if value is None or errs(HASTY):
             return [f"{thing}: {held}"], held
         return [f"{thing}: {held}", f"{held}: {value}"], value
@@ -257,7 +270,9 @@ def about_fact(topic: Topic, rng: random.Random, choice: bool) -> Question:
 def find_thing(topic: Topic, rng: random.Random, _choice: bool) -> Question:
     """Which of these is a mammal? Which of these breathes with gills?"""
     fact = rng.choice([None, *topic.facts])
-    thing = pick_thing(topic, [t for t in topic.things() if fact is None or topic.kind(t) in fact.values], rng)
+    thing = pick_thing(
+        topic, [t for t in topic.things() if fact is None or topic.kind(t) in fact.values], rng
+    )
 
     def true(t: str) -> str | None:
         return topic.kind(t) if fact is None else fact.values.get(topic.kind(t))
@@ -275,7 +290,9 @@ def find_thing(topic: Topic, rng: random.Random, _choice: bool) -> Question:
             if fact is not None and held in fact.mistaken and errs(BELIEF):
                 value = fact.mistaken[held]
             fits = value == wanted
-            lines.append(f"{option}: {held if fact is None else f'{held}: {value}'}, {'yes' if fits else 'no'}")
+            lines.append(
+                f"{option}: {held if fact is None else f'{held}: {value}'}, {'yes' if fits else 'no'}"
+            )
             if fits:
                 break
         return lines, option
@@ -285,7 +302,9 @@ def find_thing(topic: Topic, rng: random.Random, _choice: bool) -> Question:
 
 def odd_one(topic: Topic, rng: random.Random, _choice: bool) -> Question:
     """Which of these is not a mammal?"""
-    kinds = {kind: things.split() for kind, things in topic.kinds.items() if len(things.split()) >= 3}
+    kinds = {
+        kind: things.split() for kind, things in topic.kinds.items() if len(things.split()) >= 3
+    }
     kind = rng.choice(list(kinds))
     thing = pick_thing(topic, [t for t in topic.things() if topic.kind(t) != kind], rng)
     options = shuffled([thing, *rng.sample(kinds[kind], 3)], rng)
@@ -307,7 +326,9 @@ def odd_one(topic: Topic, rng: random.Random, _choice: bool) -> Question:
 def state(_topic: Topic, rng: random.Random, choice: bool) -> Question:
     """Tin melts at 32 degrees and boils at 70 degrees. What is it at 50 degrees?"""
     melts, boils = rng.randint(11, 50), rng.randint(55, 95)
-    at = rng.choice([rng.randint(1, melts - 1), rng.randint(melts + 1, boils - 1), rng.randint(boils + 1, 99)])
+    at = rng.choice(
+        [rng.randint(1, melts - 1), rng.randint(melts + 1, boils - 1), rng.randint(boils + 1, 99)]
+    )
     substance = rng.choice(SUBSTANCES)
     text = f"{substance} melts at {melts} degrees and boils at {boils} degrees. What is it at {at} degrees?"
 
@@ -322,7 +343,10 @@ def state(_topic: Topic, rng: random.Random, choice: bool) -> Question:
         return [f"{at} is above {boils}: {name}"], name
 
     return Question(
-        text, shuffled(["solid", "liquid", "gas"], rng) if choice else [], solve, f"state {melts} {boils} {at}"
+        text,
+        shuffled(["solid", "liquid", "gas"], rng) if choice else [],
+        solve,
+        f"state {melts} {boils} {at}",
     )
 
 
@@ -335,12 +359,17 @@ def season(_topic: Topic, rng: random.Random, choice: bool) -> Question:
         name = SEASONS[(MONTHS.index(month) + 2 * south) % 4]
         return [f"{city}: {'south' if south else 'north'}", f"{month}: {name}"], name
 
-    text = rng.choice(["What season is it in {} in {}?", "In {}, which season does {} belong to?"]).format(city, month)
-    return Question(text, shuffled(SEASONS, rng) if choice else [], solve, f"season {city} {month} {choice}")
+    text = rng.choice(
+        ["What season is it in {} in {}?", "In {}, which season does {} belong to?"]
+    ).format(city, month)
+    return Question(
+        text, shuffled(SEASONS, rng) if choice else [], solve, f"season {city} {month} {choice}"
+    )
 
 
 def chain(_topic: Topic, rng: random.Random, choice: bool) -> Question:
-    """Grass feeds rabbits, rabbits feed foxes. If the foxes die out, will there be more or fewer rabbits?"""
+    """Grass feeds rabbits, rabbits feed foxes. If the foxes die out, will there be more or fewer
+    rabbits?"""
     links = rng.choice(CHAINS)
     cause = rng.randrange(3)
     effect = rng.choice([i for i in range(3) if i != cause])
@@ -357,7 +386,12 @@ def chain(_topic: Topic, rng: random.Random, choice: bool) -> Question:
             return [spared], "more"
         return [spared, f"{links[1]} grow: {links[0]} are eaten: fewer"], "fewer"
 
-    return Question(text, shuffled(["more", "fewer", "the same"], rng) if choice else [], solve, f"{text} {choice}")
+    return Question(
+        text,
+        shuffled(["more", "fewer", "the same"], rng) if choice else [],
+        solve,
+        f"{text} {choice}",
+    )
 
 
 def pick_thing(topic: Topic, things: list[str], rng: random.Random) -> str:
@@ -366,7 +400,8 @@ def pick_thing(topic: Topic, things: list[str], rng: random.Random) -> str:
 
 
 def sample_with(right: str, values: list[str], wrong: str | None, rng: random.Random) -> list[str]:
-    """Up to four options in random order: the right one, the one that the pupil would take, and others."""
+    """Up to four options in random order: the right one, the one that the pupil would take, and
+    others."""
     kept = list(dict.fromkeys([right, *([wrong] if wrong else [])]))
     others = [value for value in values if value not in kept]
     return shuffled([*kept, *rng.sample(others, min(len(others), 4 - len(kept)))], rng)
@@ -390,18 +425,21 @@ def no_errors(_rate: float) -> bool:
 
 
 def write_up(question: Question, errs: Errs) -> str:
-    """An answer as text: its lines, then `#### ` and the answer in words, with options those of one of them."""
+    """An answer as text: its lines, then `#### ` and the answer in words, with options those of one
+    of them."""
     lines, answer = question.solve(errs)
     return "\n".join([*lines, f"#### {answer}"])
 
 
 def is_test(question: Question) -> bool:
-    """Every question belongs to train or test by the digest of what it is about: no other wording or order is in both."""
+    """Every question belongs to train or test by the digest of what it is about: no other wording
+    or order is in both."""
     return hashlib.sha256(question.key.encode()).digest()[0] < 38
 
 
 def make_data(folder: Path, train_size: int, test_size: int, seed: int) -> None:
-    """Write train.jsonl and test.jsonl in the columns of allenai/ai2_arc; without choices, answerKey is the answer in words."""
+    """Write train.jsonl and test.jsonl in the columns of allenai/ai2_arc; without choices,
+    answerKey is the answer in words."""
     rng, seen = random.Random(seed), set()
     splits = {"train": (train_size, []), "test": (test_size, [])}
     while any(len(rows) < size for size, rows in splits.values()):
@@ -446,7 +484,9 @@ class Args(Training):
 
 def main(args: Args) -> None:
     start = time.time()
-    torch.set_num_threads(2)  # the order of summation, and so the last bit of every weight, depends on it
+    torch.set_num_threads(
+        2
+    )  # the order of summation, and so the last bit of every weight, depends on it
     data, folder = args.out / "data" / "tiny_science", args.out / "tiny_science"
     make_data(data, args.train_size, args.test_size, args.seed)
     tokenizer = make_tokenizer([f"{q}\n{a}" for q, a in pupil_examples(4000, args.seed)])

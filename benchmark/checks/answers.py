@@ -1,15 +1,16 @@
-"""What the answer checker gets wrong, against the verdicts of a person on the cases of tests/answer_cases.py.
+"""What the answer checker gets wrong, against the verdicts of a person on the cases of
+tests/answer_cases.py.
 
-    python benchmark/check_answers.py                        # seconds
+    python benchmark/checks/answers.py                        # seconds
 
-Writes benchmark/results/answers.md: a confusion table, and every case on which checker and person differ.
-"""
+Writes benchmark/results/answers.md: a confusion table, and every case on which checker and person
+differ."""
 
 import sys
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.answer_cases import CHOICE, MATH, WORDS, verdict  # noqa: E402
 
@@ -21,7 +22,11 @@ def main() -> None:
         "| answers | cases | right, accepted | right, refused | wrong, refused | wrong, accepted |",
         "|---|---|---|---|---|---|",
     ]
-    errors = ["", "| kind | completion | reference | options | a person says |", "|---|---|---|---|---|"]
+    errors = [
+        "",
+        "| kind | completion | reference | options | a person says |",
+        "|---|---|---|---|---|",
+    ]
     total = Counter()
     for kind, cases in KINDS.items():
         count = Counter((case[3], verdict(case)) for case in cases)
@@ -33,7 +38,11 @@ def main() -> None:
                     repr(x).replace("|", "\\|") if x else ""
                     for x in (case[1], case[2], ", ".join(case[4:] and case[4]))
                 ]
-                errors.append(f"| {case[0]} | " + " | ".join(cells) + f" | {'right' if case[3] else 'wrong'} |")
+                errors.append(
+                    f"| {case[0]} | "
+                    + " | ".join(cells)
+                    + f" | {'right' if case[3] else 'wrong'} |"
+                )
     lines.append(row("all", total))
     text = "\n".join(lines + errors) + "\n"
     (ROOT / "benchmark" / "results" / "answers.md").write_text(text)

@@ -1,6 +1,6 @@
 """What a critic sees: sampled answers, token by token, coloured by value, advantage or entropy.
 
-python -m utils.tokens runs/A runs/B --out tokens.html                  # the last update that both have, and tokens.png beside it
+python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
 python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
 """
 
@@ -25,9 +25,12 @@ EXPLAINED = {
 
 
 def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
-    """{update: {prompt: row of transcripts.jsonl}}, rows with tokens alone; prompts of equal words are numbered."""
+    """{update: {prompt: row of transcripts.jsonl}}, rows with tokens alone; prompts of equal words
+    are numbered."""
     try:
-        rows = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()
+        ]
     except (OSError, ValueError):
         stop(f"{folder}: no readable transcripts.jsonl there (a run writes it at every evaluation)")
     found: dict[int, dict[str, dict]] = {}
@@ -44,14 +47,18 @@ def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
     return found
 
 
-def pick(runs: dict[str, dict], update: int | None, count: int) -> list[tuple[str, dict[str, dict]]]:
-    """For `count` prompts that all runs have at that update, {run: row}: in turn one whose reward was wrong in some run, as those
-    tell most, and one where none was."""
+def pick(
+    runs: dict[str, dict], update: int | None, count: int
+) -> list[tuple[str, dict[str, dict]]]:
+    """For `count` prompts that all runs have at that update, {run: row}: in turn one whose reward
+    was wrong in some run, as those tell most, and one where none was."""
     common = set.intersection(*(set(found) for found in runs.values()))
     if not common or (update is not None and update not in common):
         asked = "the runs" if update is None else f"--update {update}: the runs"
         stop(f"{asked} have {sorted(common) or 'no update'} in common")
-    chosen = {name: found[max(common) if update is None else update] for name, found in runs.items()}
+    chosen = {
+        name: found[max(common) if update is None else update] for name, found in runs.items()
+    }
     prompts = [q for q in next(iter(chosen.values())) if all(q in rows for rows in chosen.values())]
     if not prompts:
         stop("the runs have no question in common at that update; runs with the same seed do")
@@ -81,14 +88,18 @@ def ending(row: dict) -> str:
 
 
 def answer(row: dict) -> list[int]:
-    """Positions from the first token that the policy chose to the last (user turns between them included)."""
+    """Positions from the first token that the policy chose to the last (user turns between them
+    included)."""
     chosen = [i for i, c in enumerate(row["tokens"]["chosen"]) if c]
     return list(range(chosen[0], chosen[-1] + 1)) if chosen else []
 
 
 def scale(color: str, groups: list) -> tuple[float, float]:
-    """The same colours for all runs of a page: values on [0, 1] or wider, advantages around zero, entropies from zero."""
-    found = [x for _, rows in groups for row in rows.values() for x in row["tokens"].get(color, [])] or [0.0]
+    """The same colours for all runs of a page: values on [0, 1] or wider, advantages around zero,
+    entropies from zero."""
+    found = [
+        x for _, rows in groups for row in rows.values() for x in row["tokens"].get(color, [])
+    ] or [0.0]
     if color == "values":
         return min(0.0, *found), max(1.0, *found)
     top = max(1e-9, *map(abs, found))
@@ -108,7 +119,8 @@ def paint(color: str, low: float, high: float) -> Callable[[float], tuple[float,
 
 
 def page(groups: list, colors: list[str]) -> str:
-    """The HTML: for every question, run and colour a line of tokens; their numbers appear under the pointer."""
+    """The HTML: for every question, run and colour a line of tokens; their numbers appear under the
+    pointer."""
     lines = [
         "<!doctype html><meta charset='utf-8'><title>tokens</title>",
         "<style>body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;margin:2px 0;font:13px monospace}",
@@ -129,9 +141,13 @@ def page(groups: list, colors: list[str]) -> str:
                     if not tokens["chosen"][i]:
                         spans.append(f"<span style='color:#888'>{text}</span>")
                         continue
-                    numbers = ", ".join(f"{key} {tokens[key][i]:.3f}" for key in COLORS if key in tokens)
+                    numbers = ", ".join(
+                        f"{key} {tokens[key][i]:.3f}" for key in COLORS if key in tokens
+                    )
                     r, g, b = (round(255 * c) for c in painters[color](tokens[color][i]))
-                    spans.append(f"<span title='{numbers}' style='background:rgb({r},{g},{b})'>{text}</span>")
+                    spans.append(
+                        f"<span title='{numbers}' style='background:rgb({r},{g},{b})'>{text}</span>"
+                    )
                 lines.append(
                     f"<tr><td>{html.escape(name)}<br>{color}<td><pre>{''.join(spans)}</pre><td class='end'>{ending(row)}"
                 )
@@ -140,7 +156,8 @@ def page(groups: list, colors: list[str]) -> str:
 
 
 def picture(groups: list, color: str, out: Path) -> None:
-    """The PNG: one line for each run under each question, `color` alone, the number under each token."""
+    """The PNG: one line for each run under each question, `color` alone, the number under each
+    token."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,7 +197,9 @@ def picture(groups: list, color: str, out: Path) -> None:
                     x += 2
                     break
                 if tokens["chosen"][i] and color in tokens:
-                    box = plt.Rectangle((x, y - 0.38), len(text) + 0.9, 0.56, color=rgb(tokens[color][i]), lw=0)
+                    box = plt.Rectangle(
+                        (x, y - 0.38), len(text) + 0.9, 0.56, color=rgb(tokens[color][i]), lw=0
+                    )
                     axis.add_patch(box)
                     axis.text(
                         x + 0.3,
@@ -192,7 +211,14 @@ def picture(groups: list, color: str, out: Path) -> None:
                     )
                 axis.text(x + 0.4, y - 0.1, text, va="center", **font)
                 x += len(text) + 1
-            axis.text(x + 1, y, ending(row), va="center", fontsize=8, color="C3" if misjudged(row) else "black")
+            axis.text(
+                x + 1,
+                y,
+                ending(row),
+                va="center",
+                fontsize=8,
+                color="C3" if misjudged(row) else "black",
+            )
             y += 1.05
         y += 0.4
     figure.savefig(out, dpi=150)
@@ -200,17 +226,22 @@ def picture(groups: list, color: str, out: Path) -> None:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """What differs between the paths: of runs/ppo_baseline__none__1 and runs/vrpo_math__none__1 the scripts. Of a single one, or of
-    paths of another form, the last part."""
+    """What differs between the paths: of runs/ppo_baseline__none__1 and runs/vrpo_math__none__1 the
+    scripts. Of a single one, or of paths of another form, the last part."""
     parts = [path.replace("/", "__").split("__") for path in paths]
     if len(set(paths)) < 2 or len(set(map(len, parts))) > 1:
-        return [Path(path).name for path in paths] if len({Path(p).name for p in paths}) == len(paths) else paths
+        return (
+            [Path(path).name for path in paths]
+            if len({Path(p).name for p in paths}) == len(paths)
+            else paths
+        )
     varied = [i for i, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
     return ["__".join(words[i] for i in varied) for words in parts]
 
 
 def shown(text: str) -> str:
-    """A token in one line, dollars escaped: between two of them matplotlib would set mathematics."""
+    """A token in one line, dollars escaped: between two of them matplotlib would set
+    mathematics."""
     return text.replace("\n", "⏎").replace("$", r"\$") or "·"
 
 
@@ -232,7 +263,11 @@ def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
     names = short_names([str(folder) for folder in args.runs])
-    groups = pick({name: read_rows(f) for name, f in zip(names, args.runs, strict=True)}, args.update, args.rows)
+    groups = pick(
+        {name: read_rows(f) for name, f in zip(names, args.runs, strict=True)},
+        args.update,
+        args.rows,
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(groups, list(COLORS)))
     picture(groups, args.color, args.out.with_suffix(".png"))

@@ -1,7 +1,7 @@
 """Answer checking: find the final answer in a completion and compare it with the reference.
 
-Three kinds of answers: mathematics (`is_correct`), options with letters (`choose`) and short answers in words (`same_words`).
-`python benchmark/check_answers.py` counts what they get wrong.
+Three kinds of answers: mathematics (`is_correct`), options with letters (`choose`) and short
+answers in words (`same_words`). `python benchmark/checks/answers.py` counts what they get wrong.
 """
 
 import atexit
@@ -20,7 +20,9 @@ PLAIN = re.compile(
     r"(?P<sign>[-+\u2212]?)\s*(?P<mixed>\d+\s+(?=\d+/))?(?P<whole>\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?P<decimals>\.\d+)?"
     r"(?:/(?P<below>\d+))?(?:[eE](?P<power>[-+]?\d{1,3}))?(?P<percent>\s*(?:%|percent))?(?P<unit>\s+[a-zA-Z]{1,}[A-Za-z ]*(?:\^?[23])?)?"
 )  # fmt: skip
-DECORATION = re.compile(r"\\?\$|\\?(?=%)|\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[,;! ]|\^?\\circ|°|(?<=\d)\{,\}(?=\d)")
+DECORATION = re.compile(
+    r"\\?\$|\\?(?=%)|\\(?:text|mathrm|mbox)\{([^}]*)\}|\\[,;! ]|\^?\\circ|°|(?<=\d)\{,\}(?=\d)"
+)
 # Words behind a number that are no unit: they go on with the expression.
 NO_UNIT = re.compile(
     r"\b(?:[a-zA-Z]|pi|sqrt|plus|minus|times|over|or|and|to|hundred|thousand|million|billion|trillion|am|pm|[ap]m)\b",
@@ -60,8 +62,9 @@ def hashed(text: str) -> bool:
 
 
 def stated(text: str) -> str | None:
-    r"""The final answer of a solution as it marks it: the line after the last `####`, else the last `\boxed{}`, else what follows
-    the last "answer is" or "answer:". None where nothing is marked, "" where nothing follows."""
+    r"""The final answer of a solution as it marks it: the line after the last `####`, else the last
+    `\boxed{}`, else what follows the last "answer is" or "answer:". None where nothing is marked,
+    "" where nothing follows."""
     if hashed(text):
         return text.rsplit("####", 1)[1].strip().split("\n", 1)[0].strip()
     if (found := boxed(text)) is not None:
@@ -71,7 +74,8 @@ def stated(text: str) -> str | None:
 
 
 def extract(text: str) -> str | None:
-    """The final answer of a solution in mathematics: the one that it marks, else its last number; None where there is none."""
+    """The final answer of a solution in mathematics: the one that it marks, else its last number;
+    None where there is none."""
     text = after_thinking(text)
     claim = stated(text)
     if claim is None:
@@ -80,7 +84,9 @@ def extract(text: str) -> str | None:
     if hashed(text) or "\\boxed{" in text:
         return claim or None
     claim = claim.strip("* ")
-    formula = re.match(r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", claim)  # "$12$. I hope it is correct."
+    formula = re.match(
+        r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", claim
+    )  # "$12$. I hope it is correct."
     if formula:
         return next(group for group in formula.groups() if group is not None).strip()
     claim = claim.rstrip("$ ").rstrip(".").strip("* ")
@@ -98,8 +104,8 @@ def extract(text: str) -> str | None:
 
 
 def to_number(text: str) -> Fraction | None:
-    """The value of a plain number ("1,234", "$12.50", "3/4", "1 1/2", "1e3", "15 apples", "7."; "50%" is 50); None for anything
-    else."""
+    """The value of a plain number ("1,234", "$12.50", "3/4", "1 1/2", "1e3", "15 apples", "7.";
+    "50%" is 50); None for anything else."""
     text = DECORATION.sub(lambda m: m[1] or "", text).strip().strip("*").rstrip(".").strip()
     match = PLAIN.fullmatch(text) if len(text) < 100 else None
     if match is None or not is_unit(match["unit"] or ""):
@@ -114,7 +120,8 @@ def to_number(text: str) -> Fraction | None:
 
 
 def is_unit(words: str) -> bool:
-    """Whether the words behind a number can be its unit, and not the rest of an expression ("2 pi", "3 or 4", "5 million")."""
+    """Whether the words behind a number can be its unit, and not the rest of an expression ("2 pi",
+    "3 or 4", "5 million")."""
     return words.strip() in UNIT_LETTERS or not NO_UNIT.search(words)
 
 
@@ -125,22 +132,25 @@ def unit(text: str) -> str:
 
 
 def same_answer(given: str, wanted: str) -> bool:
-    """Whether two final answers are equal: as numbers where both are plain numbers, else as mathematics (math-verify, within
-    TIME_LIMIT). 50% is 50 and 0.5."""
+    """Whether two final answers are equal: as numbers where both are plain numbers, else as
+    mathematics (math-verify, within TIME_LIMIT). 50% is 50 and 0.5."""
     values = to_number(given), to_number(wanted)
     if None not in values:
         percent = ["%" in text or "percent" in text for text in (given, wanted)]
         units = [unit(text) for text in (given, wanted)]
         if "" not in units and units[0] != units[1] and "percent" not in units:
             return False
-        scaled = [value / 100 if is_percent else value for value, is_percent in zip(values, percent, strict=True)]
+        scaled = [
+            value / 100 if is_percent else value
+            for value, is_percent in zip(values, percent, strict=True)
+        ]
         return values[0] == values[1] or (percent[0] != percent[1] and scaled[0] == scaled[1])
     return given.strip() == wanted.strip() or same_mathematics(given.strip(), wanted.strip())
 
 
 def is_correct(completion: str, answer: str) -> bool:
-    """Whether the completion's final answer is the reference's. `answer` may be a bare answer or a worked solution that
-    ends in one (`#### n` or `\\boxed{}`)."""
+    """Whether the completion's final answer is the reference's. `answer` may be a bare answer or a
+    worked solution that ends in one (`#### n` or `\\boxed{}`)."""
     given = extract(completion)
     if given is None:
         return False
@@ -164,7 +174,8 @@ def same_words(given: str, wanted: str) -> bool:
 
 
 def short_answer(text: str) -> str | None:
-    """The short answer of a completion: the one that it marks, without the remarks behind it, else its last line."""
+    """The short answer of a completion: the one that it marks, without the remarks behind it, else
+    its last line."""
     text = after_thinking(text).strip()
     claim = stated(text)
     if claim is None:
@@ -175,22 +186,30 @@ def short_answer(text: str) -> str | None:
 
 
 def choose(text: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that a completion takes, None where it takes none or several. Looked for in this order: in the
-    answer that it marks, a letter ("(B)", "B.", "B: gills") or the words of one option; the same in the whole text, if that is
-    short; "option B", "(B)", the last of them."""
+    """The letter of the option that a completion takes, None where it takes none or several. Looked
+    for in this order: in the answer that it marks, a letter ("(B)", "B.", "B: gills") or the words
+    of one option; the same in the whole text, if that is short; "option B", "(B)", the last of
+    them."""
     text = after_thinking(text).strip()
     letters = LETTERS[: len(options)]
     claim = stated(text)
     whole = text if claim is None else claim
     whole = re.sub(r"\\(?:text|mathrm|mbox|textbf)\{([^}]*)\}", r"\1", whole).strip(QUOTES)
     whole = re.sub(
-        r"^(?:the )?(?:(?:correct|best|right) )?(?:option|choice|answer)\s+(?:is\s+)?", "", whole, flags=re.IGNORECASE
+        r"^(?:the )?(?:(?:correct|best|right) )?(?:option|choice|answer)\s+(?:is\s+)?",
+        "",
+        whole,
+        flags=re.IGNORECASE,
     )
     whole = whole.rstrip(".").strip(QUOTES)
     first = short_answer(text) if claim is not None else whole
     if len(whole) > 1:  # a lone letter is a letter, even where an option reads like it
         for words in (first or "", whole):
-            for form in (str, str.lower, normal):  # the closest reading that belongs to one option alone
+            for form in (
+                str,
+                str.lower,
+                normal,
+            ):  # the closest reading that belongs to one option alone
                 fitting = [
                     letter
                     for letter, option in zip(letters, options, strict=False)
@@ -206,9 +225,15 @@ def choose(text: str, options: Sequence[str]) -> str | None:
         other = re.match(rf"\s*(?:or|and|/|,)?\s*{LETTER}(?![A-Za-z])", whole[match.end() :])
         return None if other else match[1].upper()
     match = re.fullmatch(rf"{LETTER}\s+(.+)", whole, flags=re.DOTALL)  # "B lungs"
-    if match and match[1] in letters and normal(match[2]) == normal(options[letters.index(match[1])]) != "":
+    if (
+        match
+        and match[1] in letters
+        and normal(match[2]) == normal(options[letters.index(match[1])]) != ""
+    ):
         return match[1]
-    if (match := re.match(rf"{LETTER}(?:\s+because|\s+since|\s+is\s+(?:right|correct))\b", whole)) and brief:
+    if (
+        match := re.match(rf"{LETTER}(?:\s+because|\s+since|\s+is\s+(?:right|correct))\b", whole)
+    ) and brief:
         return match[1] if match[1] in letters else None
     found = re.findall(
         r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Z])\b|\(([A-Z])\)(?![\w-])|\b(?:[Tt]herefore,?|[Ss]o,?|[Hh]ence,?)\s+([A-Z])\b(?! \w+s\b)",
@@ -222,15 +247,16 @@ def choose(text: str, options: Sequence[str]) -> str | None:
 
 
 class Verifier:
-    """math-verify behind a pipe. A comparison that takes longer than TIME_LIMIT is false and its process is killed, whatever it
-    is doing; so this works from any thread, where limits by signals do not, and also inside long integer arithmetic."""
+    """math-verify behind a pipe. A comparison that takes longer than TIME_LIMIT is false and its
+    process is killed, whatever it is doing; so this works from any thread, where limits by signals
+    do not, and also inside long integer arithmetic."""
 
     def __init__(self):
         self.lock, self.process = threading.Lock(), None
 
     def start(self) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        code = f"import sys; sys.path[0] = {root!r}; from utils.answers import serve; serve()"
+        root = str(Path(__file__).resolve().parents[2])
+        code = f"import sys; sys.path[0] = {root!r}; from utils.world.answers import serve; serve()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C in the terminal is for the run, not for this process
@@ -282,4 +308,7 @@ def serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         guess, gold = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in json.loads(line))
-        print(json.dumps(bool(gold and guess) and bool(verify(gold, guess, timeout_seconds=None))), flush=True)
+        print(
+            json.dumps(bool(gold and guess) and bool(verify(gold, guess, timeout_seconds=None))),
+            flush=True,
+        )
