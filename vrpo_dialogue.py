@@ -1,144 +1,63 @@
-"""VRPO for task-oriented dialogue: the method of vrpo_math.py on episodes of many turns, under a learned reward that errs.
+"""VRPO for task-oriented dialogue: credit for every turn, under a learned reward that errs.
 
-The policy is the assistant, a simulated user has a goal, and a reward model that ranks seven pairs in ten as the true outcome
-does takes the place of the verifier. What the optimiser sees is that model's score; whether the goal was reached is
-logged and never used.
+The policy is the assistant, a simulated user has a goal, and a reward model that ranks seven pairs
+in ten as the true outcome does takes the place of the verifier. What the optimiser sees is that
+model's score; whether the goal was reached is logged and never used.
 
 Differs from vrpo_math.py in:
- 1. The defaults: `--task dialogue`, the embedded assistant and reward model, up to twelve turns, no noise on top of the
-    reward model's own, a KL penalty that keeps the policy where the reward model knows its way, fewer episodes.
- 2. Nothing else. One grid (B, T) holds an episode of any number of turns: the user's words are outside the mask, GAE jumps over
-    them, the bottleneck and the semantic losses act on the assistant's tokens of all turns. `ppo_baseline.py --task dialogue`
-    and `grpo_baseline.py --task dialogue` run the same episodes with the same reward model.
+ 1. Credit: with --reward-per turn the reward model judges the dialogue after every turn, and what a
+    turn adds to the score is the reward on its last token. The rewards of an episode sum to the
+    score of the whole dialogue, which alone goes through the noise channel.
+ 2. The task, with its defaults (utils/args.py): up to twelve turns, the embedded reward model, a KL
+    penalty that keeps the policy where the reward model knows its way.
+One grid holds an episode of any number of turns: the user's words are outside the mask, GAE jumps
+over them, bottleneck and semantic losses act on the assistant's tokens of all turns.
 
-What to watch: `eval/average` (TCR, ACR and GCR, held out, true) against `reward/observed` (the reward model's opinion). Where they
-drift apart, and `charts/response_length` or `charts/turns` grow, the policy is exploiting the reward model.
+What to watch: eval/average (held out, true) against reward/observed (the reward model's opinion).
+Where they drift apart, and answers or dialogues grow, the policy is exploiting the reward model.
 
-    python vrpo_dialogue.py                                  # embedded assistant, schema and reward model
-    python vrpo_dialogue.py --reward-per turn                # credit for every turn
-    python vrpo_dialogue.py --model HuggingFaceTB/SmolLM2-135M-Instruct --schema DIR --test-split dev --reward-model DIR \\
-        --max-prompt-tokens 512 --max-new-tokens 64 --learning-rate 1e-6 --critic-learning-rate 5e-6 --micro-batch-size 4
+    python vrpo_dialogue.py                          # embedded assistant, user and reward model
+    python vrpo_dialogue.py --reward-per turn
 """
 
 import copy
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
+from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
-from utils.run import Run, check_flags, parse_args, peak_memory_gb
-from utils.world.reward_model import load_reward_model, on_reward_scale
-from utils.world.tasks import load_task
-from utils.world.votes import majority_vote
+from utils.report import metrics
+from utils.report.finish import finish
+from utils.run import Run
+from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, take, turn_ends
+from utils.world.environment import Environment, Episode
 
-# ==== 1. Args =========================================================================================================
+# ==== 1. Args =====================================================================================
 
 
 @dataclass
-class Args:
-    # --- the run ---
-    seed: int = 1
-    """seed of everything random: data order, sampling, noise, minibatches"""
-    run_name: str | None = None
-    """the run is written to runs/<run-name>; default: script, noise, seed and time"""
-    resume: Path | None = None
-    """run directory to continue from its newest checkpoint; its flags are the defaults"""
-    device: str = "auto"
-    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the forward passes (autocast); weights and optimizer stay in float32"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "vrpo"
-    """project name on Weights & Biases"""
-    # --- the task ---
-    task: Literal["math", "science", "dialogue"] = "dialogue"
-    """math, science, or task-oriented dialogue with a simulated user; the defaults of some flags go with it"""
-    model: str = "assets/tiny_dialogue"
-    """policy at the start and frozen reference: a Hugging Face folder or hub id"""
-    dataset: str = "assets/data/tiny_math"
-    """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
-    dataset_config: str | None = None
-    """configuration of the data set (a subfolder of a local one); default: the usual one"""
-    train_split: str | None = None
-    """split to train on; a slice such as train[:90%] is allowed; default: train"""
-    test_dataset: str | None = None
-    """data set of the held-out problems, NAME or NAME:CONFIG; default: the same"""
-    test_split: str | None = None
-    """held-out split; training problems that stand in it too are dropped; default: test"""
-    question_column: str | None = None
-    """column of the question; default: the first of question, problem, prompt, ..."""
-    answer_column: str | None = None
-    """column of the reference, bare or ending in `#### n` or a box; default: the first of answer, solution, ..."""
-    choices_column: str | None = None
-    """column with a list of options; the reference then is the right one's label, letter, position or text"""
-    prompt_template: str = "{question}"
-    """the user message around the question"""
-    system_prompt: str | None = None
-    """system message that opens every conversation"""
-    thinking: bool = False
-    """let a model think whose chat template knows it (Qwen3); what counts stands behind </think>"""
-    schema: Path = Path("assets/data/tiny_dialogue")
-    """dialogue: a folder in the format of Schema-Guided Dialogue, with a folder for each split or for both"""
-    max_prompt_tokens: int = 128
-    """problems with longer prompts are counted and dropped"""
-    # --- rollout ---
-    updates: int = 30
+class UpdateArgs:
+    updates: int = 40
     """updates, each of prompts-per-update x samples-per-prompt episodes"""
-    prompts_per_update: int = 32
+    prompts_per_update: int = 64
     """different prompts in an update"""
     samples_per_prompt: int = 4
-    """episodes for each of them (a group, for the methods and noise channels that have groups)"""
-    max_turns: int = 12
-    """answers in an episode, at most; in math the user asks to check the work before every further one"""
-    max_new_tokens: int = 48
-    """tokens of one answer, EOS included"""
-    temperature: float = 1.0
-    """sampling temperature; the log-probabilities are those of the tempered distribution"""
-    truncated: Literal["wrong", "grade", "mask"] = "wrong"
-    """an answer without EOS is wrong (0), is graded as it stands, or is graded and left out of every loss"""
-    rollout_batch_size: int = 256
-    """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
-    # --- reward and its noise ---
-    reward_model: str | None = "assets/tiny_reward"
-    """a sequence-classification model whose scores replace the clean reward: a Hugging Face folder or a hub id"""
-    reward_per: Literal["episode", "turn"] = "episode"
-    """the reward model's score at the end of the episode, or at the end of every turn what the turn adds to it"""
-    noise: Literal[
-        "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote"
-    ] = "none"  # fmt: skip
-    """channel between the clean reward, or the reward model's score, and the one that the optimiser sees"""
-    noise_rate: float = 0.2
-    """probability of an error: symmetric, persistent, group, length"""
-    false_negative_rate: float = 0.2
-    """P(0 | right): asymmetric"""
-    false_positive_rate: float = 0.2
-    """P(1 | wrong): asymmetric"""
-    noise_sigma: float = 0.5
-    """standard deviation: gaussian"""
-    vote_samples: int = 8
-    """answers of the initial policy whose majority becomes the label: majority-vote"""
-    # --- optimisation ---
+    """episodes for each of them (a group, for methods and noise channels that have groups)"""
     epochs: int = 2
     """passes over the episodes of an update"""
     minibatch_size: int = 64
     """episodes in one optimizer step"""
     micro_batch_size: int = 16
-    """episodes in one forward pass (gradients accumulate; bounds memory, and short rows travel together)"""
+    """episodes in one forward pass (gradients accumulate; bounds memory)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
-    lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer of policy and critic, the weights being frozen; 0 trains the weights"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: every learning rate falls to zero over the run"""
     max_grad_norm: float = 1.0
@@ -147,18 +66,14 @@ class Args:
     """epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.0
     """weight of the KL divergence to the reference"""
     kl_in: Literal["reward", "loss"] = "reward"
     """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
-    # --- evaluation and checkpoints ---
-    eval_every: int = 10
-    """updates between greedy evaluations on clean held-out problems (also at the start and the end)"""
-    eval_size: int = 512
-    """held-out problems, the first of the test split"""
-    save_every: int = 10
-    """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
-    # --- PPO ---
+
+
+@dataclass
+class MethodArgs:
     gamma: float = 1.0
     """discount per token"""
     gae_lambda: float = 0.95
@@ -166,7 +81,7 @@ class Args:
     critic_lambda: float = 0.95
     """lambda of the critic's targets; 1 is the observed return"""
     critic_backbone: Literal["separate", "shared"] = "separate"
-    """separate: a second transformer, initialised from the policy; shared: a head on the policy's own hidden states"""
+    """a second transformer that starts as the policy, or a head on the policy's hidden states"""
     critic_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's backbone, if separate"""
     head_learning_rate: float = 1e-3
@@ -181,7 +96,7 @@ class Args:
     beta: float = 0.003
     """weight of the bottleneck's KL to the prior"""
     beta_warmup: int = 10
-    """updates over which beta rises from zero: a critic that knows little yet would not pay for any code"""
+    """updates over which beta rises from zero: a critic that knows nothing pays for no code"""
     latent_dim: int = 64
     """width of the latent code z"""
     bottleneck_layers: Literal[0, 1, 2] = 1
@@ -191,402 +106,271 @@ class Args:
     token_ratio: float = 0.8
     """share of the tokens, the most uncertain ones, on which the semantic losses act"""
     lambda_ent: float = 0.003
-    """weight of the entropy loss (0.5 in the paper starves the value here: see the README)"""
+    """weight of the entropy loss (0.5 in the paper starves the value here: docs/details.md)"""
     lambda_ppl: float = 0.003
     """weight of the perplexity loss (likewise)"""
     lm_head: Literal["frozen", "learned"] = "frozen"
-    """LM head of the semantic losses: the initial policy's, frozen, or a copy that learns (ablation)"""
+    """LM head of the semantic losses: the initial policy's, or a copy that learns (ablation)"""
+    # --- dialogue ---
+    reward_per: Literal["episode", "turn"] = "episode"
+    """the reward model's score at the end, or at the end of every turn what the turn adds to it"""
 
 
-# ==== 2. Task and noisy reward ========================================================================================
+@dataclass
+class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
+    """Seed, model, data, noise and the like are in utils/args.py."""
+
+    task: Literal["math", "science", "dialogue"] = "dialogue"
 
 
-def observe(
-    args: Args, clean: list[float], keys: list[str], lengths: list[int], update: int
-) -> list[float]:
-    """The observed rewards of a batch: every clean reward (0 or 1), or score on that scale, through the channel `--noise`.
+# ==== 2. Noisy reward and the grid ================================================================
+#
+#   tokens    P  P  P  a  b  E  .  .    P prompt, a b answer, E EOS, . padding on the right
+#   inputs    P  P  P  a  b  E  .       = tokens[:-1]: column t is the state before token t + 1
+#   targets   P  P  a  b  E  .  .       = tokens[1:]: the token chosen there
+#   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
+#   rewards   0  0  0  0  r  0  0       dialogue: on the last token of a turn
+#
+# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the
+# grid of `targets`, (B, T).
 
-    `keys` are the prompts, `lengths` the generated tokens of each episode. Draws are independent for each episode, but
-    `persistent` errs on the same prompts in every update and `group` on whole prompts of this update.
+
+def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
+    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
+    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+
+    Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
-    long = sorted(lengths)[-max(1, len(lengths) // 4)]  # the longest quarter begins here
+    lengths = [episode.length for episode in episodes]
+    longest_quarter = sorted(lengths, reverse=True)[: max(1, len(lengths) // 4)]
     observed = []
-    for i, (reward, key, length) in enumerate(zip(clean, keys, lengths, strict=True)):
-        flip_rate = {
-            "symmetric": args.noise_rate,
-            "asymmetric": args.false_negative_rate if reward > 0.5 else args.false_positive_rate,
-            "persistent": args.noise_rate,
-            "group": args.noise_rate,
-            "length": args.noise_rate if reward < 0.5 and length >= long else 0.0,
-            "random": 0.5,  # whatever the answer, the observed reward is a fair coin
-        }.get(args.noise, 0.0)
-        scope = {"persistent": (key,), "group": (key, update)}.get(args.noise, (key, update, i))
-        draw = coin(args.seed, args.noise, *scope)
+    for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
+        key = (episode.problem.key, update, i)  # a coin of its own for every episode
+        flip_rate = args.noise_rate
+        match args.noise:
+            case "none" | "gaussian" | "majority-vote":
+                flip_rate = 0.0
+            case "asymmetric":
+                flip_rate = args.false_positive_rate
+                if score > 0.5:
+                    flip_rate = args.false_negative_rate
+            case "persistent":  # the same prompts are misjudged in every update
+                key = (episode.problem.key,)
+            case "group":  # all episodes of a prompt are misjudged together
+                key = (episode.problem.key, update)
+            case "length":  # what is wrong may pass if it is long
+                if score > 0.5 or episode.length < longest_quarter[-1]:
+                    flip_rate = 0.0
+            case "random":  # a fair coin, whatever the answer
+                flip_rate = 0.5
+        draw = coin(args.seed, args.noise, *key)  # uniform in (0, 1)
         if args.noise == "gaussian":
-            reward += args.noise_sigma * NormalDist().inv_cdf(draw)
-        observed.append(1.0 - reward if draw < flip_rate else reward)
-    return observed
+            score += args.noise_sigma * NormalDist().inv_cdf(draw)
+        observed.append(1.0 - score if draw < flip_rate else score)
+    return torch.tensor(observed, device=scores.device)
 
 
-def channel_metrics(clean: Tensor, observed: Tensor) -> dict[str, float]:
-    """Share of flipped rewards, and Youden's J = P(1 | right) - P(1 | wrong): 1 is a clean channel, 0 a useless one."""
-    clean, observed = (
-        clean[~clean.isnan()],
-        observed[~clean.isnan()],
-    )  # where no reference is known, nothing is
-    right, says_right = clean > 0.5, observed > 0.5
-    youden_j = says_right[right].float().mean() - says_right[~right].float().mean()
-    return {
-        "reward/flip_rate": (right != says_right).float().mean().item(),
-        "reward/youden_j": youden_j.item(),
-    }
+# dialogue: credit for what each turn adds
+def turn_gains(scores: Tensor, observed: Tensor) -> Tensor:
+    """What each of the last K turns adds (B, K), of the scores (B, K) after each turn. The last one
+    has gone through the noise channel: the gains sum to `observed` (B,)."""
+    scores = torch.cat([scores[:, :-1], observed.unsqueeze(1)], dim=1)
+    return scores.diff(dim=1, prepend=torch.zeros_like(observed).unsqueeze(1))
 
 
-# ==== 3. Masked-tensor helpers ========================================================================================
-#
-#   tokens    P  P  P  a  b  E  .  .      P prompt, a b answer, E EOS, . padding: rows are padded on the right
-#   inputs    P  P  P  a  b  E  .         = tokens[:-1]: position t is the state in which token t + 1 is chosen
-#   targets   P  P  a  b  E  .  .         = tokens[1:]: the token chosen there
-#   mask      0  0  1  1  1  0  0         1 where the policy chose the target; user turns and padding are 0
-#   rewards   0  0  0  0  r  0  0         on the last token of the turn
-#
-# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the grid of `targets`, (B, T).
-
-
-def pack(episodes: list, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Episodes as `inputs`, `targets` (B, T) int64, `mask` (B, T) bool, `logprobs` and `entropy` (B, T) of the policy that
-    sampled; T is the longest episode minus one."""
-    width = max(len(e.tokens) for e in episodes)
-
-    def grid(name: str, filler) -> Tensor:
-        return torch.tensor(
-            [getattr(e, name) + [filler] * (width - len(e.tokens)) for e in episodes], device=device
-        )
-
-    tokens = grid("tokens", pad_id)
-    batch = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "mask": grid("chosen", False)[:, 1:],
-    }
-    return batch | {
-        "logprobs": grid("logprobs", 0.0)[:, 1:],
-        "entropy": grid("entropy", 0.0)[:, 1:],
-    }
-
-
-def take(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch, cut to the longest of them: no computing on columns that are padding throughout."""
-    width = (
-        int(batch["mask"][rows].any(0).nonzero().max().item()) + 1
-        if batch["mask"][rows].any()
-        else 1
-    )
-    return {key: value[rows, :width] for key, value in batch.items()}
-
-
-def by_length(mask: Tensor) -> Tensor:
-    """Row indices (B,) from the shortest row to the longest: consecutive ones need little padding."""
-    return mask.cumsum(1).argmax(1).argsort(stable=True)
-
-
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of x[mask]: values (N, ...) back on the grid (B, T, ...), zero where the mask is."""
-    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
+def place_rewards(gains: Tensor, mask: Tensor) -> Tensor:
+    """dialogue: rewards (B, T): the gains (B, K) of the last K turns of each episode, the last
+    turn's in the last column, on the last tokens of those turns."""
+    ends = turn_ends(mask)
+    turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
+    column = gains.shape[1] - 1 - turns_to_go
+    return torch.where(ends & (column >= 0), gains.gather(1, column.clamp(min=0)), 0.0)
 
 
 def token_weights(mask: Tensor) -> Tensor:
-    """Weights (B, T) that sum to one over the minibatch, so that it may be split into micro-batches at will."""
+    """Weights (B, T) that sum to one over a minibatch, however it is cut into micro-batches."""
     return mask / mask.sum().clamp(min=1)
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """sum of weights * x over the tokens of nonzero weight: a mean over the minibatch, summed micro-batch by micro-batch."""
+    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean."""
     return torch.where(weights > 0, weights * x, 0.0).sum()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere."""
-    return torch.where(mask, (x - x[mask].mean()) / (x[mask].std() + 1e-8), 0.0)
+    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
+    but rounding would be left, and be blown up: they give zero."""
+    chosen = x[mask]
+    deviation = chosen.std()
+    all_equal = deviation < 1e-5 * chosen.abs().max()
+    deviation = torch.where(all_equal, torch.inf, deviation + 1e-8)
+    return torch.where(mask, (x - chosen.mean()) / deviation, 0.0)
 
 
-def turn_ends(mask: Tensor) -> Tensor:
-    """(B, T) bool: the last token of every turn. It is the EOS, which the policy chose too, unless the turn was cut off."""
-    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-
-
-def place_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores (B, K) of the last K turns of each episode, the last turn's in the last column, as rewards (B, T) on the last
-    tokens of those turns."""
-    ends = turn_ends(mask)
-    turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
-    scored = ends & (turns_to_go < scores.shape[1])
-    return torch.where(
-        scored, scores.gather(1, (scores.shape[1] - 1 - turns_to_go).clamp(min=0)), 0.0
-    )
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(R - V) / Var(R) over the masked tokens: 1 is a perfect critic, 0 a constant, below 0 worse than that. NaN where
-    all returns are equal."""
-    variance = returns[mask].var()
-    return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else float("nan")
-
-
-def advantage_noise(advantages: Tensor, without_errors: Tensor, mask: Tensor) -> float:
-    """1 - max(0, corr(A, A without the reward errors))^2 over the masked tokens: the share of the variance of the advantages that
-    does not follow the clean rewards. Both have the same values, so a critic's own errors are not seen. NaN where either is constant."""
-    return (
-        1
-        - torch.corrcoef(torch.stack([advantages[mask], without_errors[mask]]))[0, 1]
-        .clamp(min=0)
-        .item()
-        ** 2
-    )
-
-
-# ==== 4. Models: policy, frozen reference, critic =====================================================================
+# ==== 3. Models: policy, frozen reference, critic =================================================
 
 
 def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on the right and attention is
-    causal, so no attention mask is needed, and the LM head is never applied to a prompt."""
+    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on
+    the right and attention is causal, so no attention mask is needed."""
     return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
-LOGITS_AT_ONCE = 2**23  # 32 MB in float32
-
-
-def logprobs_and_entropy(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the largest tensors there are, so
-    no more than LOGITS_AT_ONCE of them exist at a time: each chunk's are computed again in the backward pass."""
-
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
-        return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(
-            logprobs.exp() * logprobs
-        ).sum(-1)
-
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
-    if len(targets) <= rows:
-        return chunk(hidden, targets)
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    parts = [
-        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks
-    ]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+# VRPO: h -> mu, log sigma, the parameters of a Gaussian code
+def gaussian_encoder(width: int, latent_dim: int) -> nn.Linear:
+    """It starts open, with mu of order 1 and sigma = 1/e, and closes as beta rises: close to the
+    prior the value's gradient would drown in the code's noise."""
+    encoder = nn.Linear(width, 2 * latent_dim)
+    nn.init.normal_(encoder.weight[:latent_dim], std=width**-0.5)
+    nn.init.zeros_(encoder.weight[latent_dim:])
+    nn.init.zeros_(encoder.bias[:latent_dim])
+    nn.init.constant_(encoder.bias[latent_dim:], -1.0)
+    return encoder
 
 
 class Critic(nn.Module):
-    """VRPO: V(state) through a variational bottleneck, and an LM head, on a causal-LM backbone that starts as a copy of the
-    policy's (or is the policy's, if shared)."""
+    """VRPO: V(state) through a variational bottleneck, and an LM head, on a causal-LM backbone that
+    starts as a copy of the policy's, or is the policy's own if shared."""
 
     def __init__(self, policy, args: Args):
         super().__init__()
-        self.backbone = twin(policy.get_decoder()) if args.critic_backbone == "separate" else None
-        # VRPO: h -> (mu, log sigma) -> z, once for every bottleneck layer. It starts open, with mu of order 1 and sigma = 1/e,
-        # and closes as beta rises: near the prior the value's gradient would drown in the code's noise.
+        self.backbone = None
+        if args.critic_backbone == "separate":
+            self.backbone = twin(policy.get_decoder())
+        # VRPO: Gaussian layers, then a decoder of two layers; without them PPO's linear head
         width, self.encoders = policy.lm_head.in_features, nn.ModuleList()
         for _ in range(args.bottleneck_layers):
-            self.encoders.append(nn.Linear(width, 2 * args.latent_dim))
-            (to_mu, to_log_sigma), (mu, log_sigma) = (
-                x.chunk(2) for x in self.encoders[-1].parameters()
-            )
-            nn.init.normal_(to_mu, std=width**-0.5)
-            nn.init.zeros_(to_log_sigma)
-            nn.init.zeros_(mu)
-            nn.init.constant_(log_sigma, -1.0)
+            self.encoders.append(gaussian_encoder(width, args.latent_dim))
             width = args.latent_dim
-        # VRPO: the decoder is an MLP of two layers; without a bottleneck it is PPO's linear head.
-        self.decoder = (
-            nn.Sequential(nn.Linear(width, width), nn.SiLU()) if self.encoders else nn.Identity()
-        )
+        self.decoder = nn.Identity()
+        if args.bottleneck_layers > 0:
+            self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU())
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        # VRPO: the LM head that reads the critic's hidden states
-        self.lm_head = (
-            copy.deepcopy(policy.lm_head).float()
-            if args.lm_head == "learned"
-            else twin(policy.lm_head)
-        )
+        # VRPO: the LM head that reads the critic's hidden states, and the price of its code
+        self.lm_head = twin(policy.lm_head)
+        if args.lm_head == "learned":
+            self.lm_head = copy.deepcopy(policy.lm_head).float()
         self.lm_head.requires_grad_(args.lm_head == "learned")
+        self.beta = args.beta
 
     def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Hidden states (N, D) from which the value is read."""
-        return (
-            policy_hidden if self.backbone is None else hidden_states(self.backbone, inputs, mask)
-        )
+        if self.backbone is None:
+            return policy_hidden
+        return hidden_states(self.backbone, inputs, mask)
 
-    # VRPO: a value is a mean over latent samples, and comes with the KL that its code costs and the code's mean sigma
+    # VRPO: the mean over some samples of the code, with the nats that it costs
     def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """V, the bottleneck's KL and the mean sigma, (N,) each, of N states; V averages the decoder over `samples` codes
-        (not its output at z = mu, an untypical point that it was never trained on)."""
+        """V, the bottleneck's KL and the mean sigma, (N,) each, of N states. V averages the decoder
+        over the code: at z = mu, an untypical point, it was never trained."""
         with torch.autocast(features.device.type, enabled=False):
-            z = features.float().unsqueeze(
-                0
-            )  # VRPO: (1, N, D), then a code (K, N, latent) from each bottleneck layer
-            kl, sigma = torch.zeros_like(z[0, :, 0]), torch.zeros_like(z[0, :, 0])
+            z = features.float().unsqueeze(0)  # VRPO: (1, N, D)
+            kl = sigma = torch.zeros(len(features), device=features.device)
             for encoder in self.encoders:
                 mu, log_sigma = encoder(z).chunk(2, dim=-1)
                 log_sigma = log_sigma.clamp(-5, 2)
-                kl, sigma = kl + gaussian_kl(mu, log_sigma).mean(0), log_sigma.exp().mean((0, 2))
-                z = mu + log_sigma.exp() * torch.randn((samples, *mu.shape[1:]), device=mu.device)
+                kl = kl + gaussian_kl(mu, log_sigma).mean(0)
+                sigma = log_sigma.exp().mean((0, 2))
+                noise = torch.randn((samples, *mu.shape[1:]), device=mu.device)
+                z = mu + log_sigma.exp() * noise  # (samples, N, latent_dim)
             return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
 
 
 def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
-    """One AdamW, a parameter group for each part that has its own learning rate and is clipped by itself."""
-    groups = [{"name": "policy", "params": trainable(policy), "lr": args.learning_rate}]
+    """One AdamW, with a group for each part that has a learning rate of its own (`schedule` sets
+    it) and is clipped by itself."""
+    groups = {"policy": trainable(policy)}
     if critic.backbone is not None:
-        groups.append(
-            {
-                "name": "critic",
-                "params": trainable(critic.backbone),
-                "lr": args.critic_learning_rate,
-            }
-        )
-    # VRPO: encoder and decoder belong to the head; a learned LM head is part of the language model, not of the value head
-    head = [
-        p for name, p in critic.named_parameters() if not name.startswith(("backbone.", "lm_head."))
-    ]
-    if args.lm_head == "learned":
-        groups.append(
-            {
-                "name": "lm_head",
-                "params": list(critic.lm_head.parameters()),
-                "lr": args.critic_learning_rate,
-            }
-        )
-    groups.append({"name": "head", "params": head, "lr": args.head_learning_rate})
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        groups["critic"] = trainable(critic.backbone)
+    if args.lm_head == "learned":  # VRPO
+        groups["lm_head"] = list(critic.lm_head.parameters())
+    head = (critic.encoders, critic.decoder, critic.head)  # VRPO
+    groups["head"] = [parameter for part in head for parameter in part.parameters()]
+    named = [{"name": name, "params": parameters} for name, parameters in groups.items()]
+    return torch.optim.AdamW(named, weight_decay=0.0, fused=True)
 
 
-# ==== 5. Rollout ======================================================================================================
+def schedule(optimizer: torch.optim.Optimizer, update: int, args: Args) -> None:
+    """The learning rates of an update; during --critic-warmup the policy stands still."""
+    rates = {"policy": args.learning_rate}
+    rates |= {"critic": args.critic_learning_rate, "head": args.head_learning_rate}
+    rates["lm_head"] = args.critic_learning_rate  # VRPO: part of a language model, not of a value
+    share = 1.0
+    if args.lr_schedule == "linear":
+        share = 1.0 - (update - 1) / args.updates
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]] * share
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(update > args.critic_warmup)
 
 
-@dataclass
-class Episode:
-    """One conversation: its tokens, which of them the policy chose and out of which distribution, and the policy's answers."""
-
-    problem: object
-    tokens: list[int] = field(default_factory=list)
-    chosen: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
-    completions: list[str] = field(default_factory=list)
-    finished: bool = False  # the last answer ended with EOS
-
-    def add(
-        self,
-        tokens: list[int],
-        logprobs: list[float] | None = None,
-        entropy: list[float] | None = None,
-    ) -> None:
-        """The next tokens: the policy's own, with log-probability and entropy, or those of the prompt or the user, without."""
-        self.tokens += tokens
-        self.chosen += [logprobs is not None] * len(tokens)
-        self.logprobs += logprobs or [0.0] * len(tokens)
-        self.entropy += entropy or [0.0] * len(tokens)
+# ==== 4. Rollout ==================================================================================
 
 
-def rollout(policy, chat, task, problems: list, args: Args, temperature: float) -> list[Episode]:
-    """Play one episode for every problem: the policy answers, the user replies or is content, for up to --max-turns turns.
-    An answer that was cut off ends its episode, since the user would have to speak in the middle of it."""
-    live = episodes = [Episode(problem) for problem in problems]
-    for episode in episodes:
-        episode.add(episode.problem.prompt_ids)
+def rollout(
+    policy, env: Environment, problems: list, args: Args, temperature: float
+) -> list[Episode]:
+    """One episode for every problem: policy and user take turns until the user is content, or for
+    --max-turns answers."""
+    episodes = [env.begin(problem) for problem in problems]
+    live = episodes
     for turn in range(args.max_turns):
-        for start in range(0, len(live), args.rollout_batch_size):
-            some = live[start : start + args.rollout_batch_size]
-            answers = generate(
-                policy, chat, [e.tokens for e in some], args.max_new_tokens, temperature
-            )
-            for episode, answer in zip(some, answers, strict=True):
-                episode.add(*answer)
-                episode.completions.append(chat.decode(answer.tokens))
-                episode.finished = answer.tokens[-1] in chat.eos_ids
-        if turn + 1 < args.max_turns:
-            replies = [(e, task.reply(e.problem, e.completions)) for e in live if e.finished]
-            replies = [(e, reply) for e, reply in replies if reply is not None]
-            for episode, reply in replies:
-                episode.add(chat.user_turn_ids(reply))
-            live = [episode for episode, _ in replies]
+        if turn > 0:
+            live = env.reply(live)
+        prompts = [episode.tokens for episode in live]
+        answers = generate(
+            policy, env.chat, prompts, args.max_new_tokens, temperature, args.rollout_batch_size
+        )
+        for episode, answer in zip(live, answers, strict=True):
+            episode.say(answer, env.chat)
     return episodes
 
 
-def judged(episode: Episode, args: Args) -> list[str]:
-    """The answers of an episode as they are judged: one that was cut off is empty unless --truncated says otherwise."""
-    cut_off = args.truncated == "wrong" and not episode.finished
-    return [*episode.completions[:-1], ""] if cut_off else episode.completions
-
-
-def transcripts(
-    task, chat, episodes: list[Episode], rewards: Tensor, batch: dict, args: Args
-) -> list[dict]:
-    """An episode of every prompt: what was said, reward and value at the end of each turn, the true outcome, every token."""
-    rows, batch = [], batch | {"rewards": rewards}
-    for i in range(0, len(episodes), args.samples_per_prompt):
-        episode = episodes[i]
-        ends = turn_ends(batch["mask"][i : i + 1])[0]
-        row = {key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch}
-        row["messages"] = task.messages(episode.problem, episode.completions)
-        row["outcome"] = task.measure([(episode.problem, judged(episode, args))])
-        row["tokens"] = {
-            "text": [chat.tokenizer.decode(t) for t in episode.tokens[1:]],
-            "chosen": episode.chosen[1:],
-        }
-        grids = {
-            key: batch[key][i]
-            for key in ("values", "advantages", "entropy", "rewards")
-            if key in batch
-        }
-        row["tokens"] |= {
-            k: x[: len(episode.tokens) - 1].double().round(decimals=4).tolist()
-            for k, x in grids.items()
-        }
-        rows.append(row)
-    return rows
+@torch.no_grad()
+def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
+    """log pi_ref (B, T) of the tokens that the policy chose."""
+    grid = torch.zeros_like(batch["logprobs"])
+    for rows, part in micro_batches(batch, args.micro_batch_size):
+        mask, targets = part["mask"], part["targets"][part["mask"]]
+        hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
+        grid[rows, : mask.shape[1]] = on_grid(logprobs, mask)
+    return grid
 
 
 @torch.no_grad()
-def score_tokens(policy, reference, critic: Critic, batch: dict, args: Args) -> dict[str, Tensor]:
-    """What is fixed before the update, each (B, T): `values`, and `ref_logprobs`, NaN where the reference is None. Rows of similar
-    length go through the models together.
-    VRPO: also `critic_entropy` and `critic_nll`, by which the uncertain tokens are chosen."""
-    parts = (
-        {}
-        if reference is not None
-        else {"ref_logprobs": torch.full_like(batch["logprobs"], torch.nan)}
-    )
-    for rows in by_length(batch["mask"]).split(args.micro_batch_size):
-        part = take(batch, rows)
-        inputs, mask, targets = part["inputs"], part["mask"], part["targets"][part["mask"]]
-        scores = {}
-        if reference is not None:
-            hidden = hidden_states(reference.get_decoder(), inputs, mask)
-            scores["ref_logprobs"], _ = logprobs_and_entropy(
-                reference.lm_head, hidden, targets, args.temperature
-            )
-        hidden = (
-            hidden_states(policy.get_decoder(), inputs, mask) if critic.backbone is None else None
-        )
-        # VRPO: one pass of the critic gives the values and what its LM head thinks of the tokens
-        features = critic.features(inputs, mask, hidden)
-        scores["values"], _, _ = critic.values(features, args.value_samples)
-        critic_logprobs, scores["critic_entropy"] = logprobs_and_entropy(
-            critic.lm_head, features, targets, 1.0
-        )
-        scores["critic_nll"] = -critic_logprobs
-        for key, value in scores.items():
-            grid = parts.setdefault(key, value.new_zeros((*batch["mask"].shape, *value.shape[1:])))
-            grid[rows, : mask.shape[1]] = spread(value, mask)
-    return parts
+def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
+    """What the critic says before the update: `values` (B, T).
+    VRPO: also `entropy_active`, `perplexity_active` (B, T) bool, the tokens about which its LM head
+    is least certain."""
+    scores = {"values": torch.zeros_like(batch["logprobs"])}
+    critic_entropy, critic_nll = torch.zeros(2, *batch["mask"].shape, device=policy.device)  # VRPO
+    for rows, part in micro_batches(batch, args.micro_batch_size):
+        mask, hidden = part["mask"], None
+        if critic.backbone is None:
+            hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
+        features = critic.features(part["inputs"], mask, hidden)
+        values, _, _ = critic.values(features, args.value_samples)  # VRPO
+        scores["values"][rows, : mask.shape[1]] = on_grid(values, mask)
+        # VRPO: the same pass tells what the LM head thinks of the tokens
+        targets = part["targets"][mask]
+        logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
+        critic_entropy[rows, : mask.shape[1]] = on_grid(entropy, mask)
+        critic_nll[rows, : mask.shape[1]] = on_grid(-logprobs, mask)
+    # VRPO
+    scores["entropy_active"] = most_uncertain(critic_entropy, batch["mask"], args.token_ratio)
+    scores["perplexity_active"] = most_uncertain(critic_nll, batch["mask"], args.token_ratio)
+    return scores
 
 
-# ==== 6. Advantages ===================================================================================================
+# ==== 5. Advantages ===============================================================================
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -594,10 +378,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
 
-    t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and V after the last is 0.
-    The loop over columns costs a thousandth of an update."""
+    t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and
+    V after the last token is 0."""
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
@@ -607,45 +392,37 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
-def advantages_and_targets(
-    rewards: Tensor, batch: dict, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A (B, T), not yet whitened, of the rewards and what `score_tokens` found; and what the critic is fitted to: `returns` (B, T), and
-    VRPO: where the critic's language model is least certain of the next token, `entropy_active`, `perplexity_active` (B, T)."""
+def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
+    """A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
     values, mask = batch["values"], batch["mask"]
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
-    targets = {"returns": gae(rewards, values, mask, args.gamma, args.critic_lambda) + values}
-    targets["entropy_active"] = most_uncertain(
-        batch["critic_entropy"], mask, args.token_ratio
-    )  # VRPO
-    targets["perplexity_active"] = most_uncertain(batch["critic_nll"], mask, args.token_ratio)
-    return advantages, targets
+    returns = gae(rewards, values, mask, args.gamma, args.critic_lambda) + values
+    return advantages, {"returns": returns}
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token, (B, T): what `--kl-in reward` subtracts, times --kl-coef."""
-    return torch.where(mask, logprobs - ref_logprobs, 0.0)
-
-
-# ==== 7. Losses =======================================================================================================
+# ==== 6. Losses ===================================================================================
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017); statistics beside it."""
+    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
+    and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.min(ratio * advantages, clipped * advantages)
+    outside = (ratio - 1).abs() > clip_range
     stats = {
         "losses/approx_kl": weighted_sum(ratio - 1 - log_ratio, weights),
-        "losses/clipfrac": weighted_sum(((ratio - 1).abs() > clip_range).float(), weights),
+        "losses/clipfrac": weighted_sum(outside.float(), weights),
     }
     return weighted_sum(loss, weights), stats
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi (Schulman 2020)."""
+    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
 
@@ -653,7 +430,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> Tensor:
-    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept within `clip` of the rollout's value."""
+    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
     loss = (values - returns) ** 2
     if clip is not None:
         kept = old_values + (values - old_values).clamp(-clip, clip)
@@ -663,329 +440,199 @@ def value_loss(
 
 # VRPO: the three terms that PPO's value loss does not have
 def gaussian_kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum (mu^2 + sigma^2 - 1) - log sigma over the last dimension, in nats."""
+    """KL(N(mu, sigma^2) || N(0, I)) = sum of (mu^2 + sigma^2 - 1) / 2 - log sigma over the last
+    dimension, in nats."""
     return (0.5 * (mu**2 + (2 * log_sigma).exp() - 1) - log_sigma).sum(-1)
 
 
 def most_uncertain(uncertainty: Tensor, mask: Tensor, token_ratio: float) -> Tensor:
-    """(B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy or negative log likelihood) is
-    above its (1 - token_ratio) quantile. No gradient flows through the choice."""
+    """(B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy, or
+    negative log likelihood) is above its (1 - token_ratio) quantile."""
     values = uncertainty[mask]
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[values.argsort(descending=True, stable=True)[: round(token_ratio * len(values))]] = True
-    return spread(chosen, mask)
+    ranked = values.argsort(descending=True, stable=True)
+    active = torch.zeros_like(values, dtype=torch.bool)
+    active[ranked[: round(token_ratio * len(values))]] = True
+    return on_grid(active, mask)
 
 
 def semantic_losses(
     entropy: Tensor, logprobs: Tensor, entropy_weights: Tensor, perplexity_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_ent = E[H(P_V)] and L_ppl = E[-log P_V(y*)], each over its own uncertain tokens; P_V = softmax(W_frozen h_critic), and
-    y* is the token that the policy chose."""
+    """L_ent = E[H(P_V)] and L_ppl = E[-log P_V(y*)], each over its own uncertain tokens;
+    P_V = softmax(W_frozen h_critic), and y* is the token that the policy chose."""
     return weighted_sum(entropy, entropy_weights), weighted_sum(-logprobs, perplexity_weights)
 
 
 def critic_loss(
-    critic, features: Tensor, part: dict, unit: Tensor, update: int, args: Args
-) -> tuple[Tensor, dict]:
-    """The critic's loss on a micro-batch and its terms, from features (N, D); `unit` is the variance of the returns, so that a
-    constant critic has 1. VRPO: value, code and language model come from one pass of the critic, and the loss is
-    MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
-    mask, weights = part["mask"], part["weights"]
-    values, ib_kl, sigma = critic.values(features, samples=1)
-    logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, part["targets"][mask], 1.0)
-    values, ib_kl, sigma, logprobs, entropy = (
-        spread(x, mask) for x in (values, ib_kl, sigma, logprobs, entropy)
-    )
-    mse = (
-        value_loss(values, part["values"], part["returns"], weights, args.value_clip) / unit
-    )  # VRPO
-    ib_kl, sigma = weighted_sum(ib_kl, weights), weighted_sum(sigma, weights)
+    critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units of
+    the variance of the returns: a constant critic has 1.
+    VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
+    values, ib_kl, sigma = critic.values(features, samples=1)  # VRPO
+    values = on_grid(values, part["mask"])
+    loss = value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip)
+    mse = loss / unit  # VRPO
+    ib_kl = weighted_sum(on_grid(ib_kl, part["mask"]), part["weights"])
+    sigma = weighted_sum(on_grid(sigma, part["mask"]), part["weights"])
+    targets = part["targets"][part["mask"]]
+    logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
+    logprobs, entropy = on_grid(logprobs, part["mask"]), on_grid(entropy, part["mask"])
     ent, ppl = semantic_losses(
         entropy, logprobs, part["entropy_weights"], part["perplexity_weights"]
     )
-    beta = args.beta * min(1.0, update / args.beta_warmup)
-    loss = mse + beta * ib_kl + args.lambda_ent * ent + args.lambda_ppl * ppl
+    loss = mse + critic.beta * ib_kl + args.lambda_ent * ent + args.lambda_ppl * ppl
     terms = {"losses/value": mse, "vrpo/ib_kl": ib_kl, "vrpo/latent_std": sigma}
     return loss, terms | {"vrpo/entropy_aux": ent, "vrpo/perplexity_aux": ppl}
 
 
-# ==== 8. Evaluation ===================================================================================================
-
-
-def evaluate(policy, chat, task, args: Args) -> tuple[dict[str, float], list[dict]]:
-    """The task's own measures on clean held-out problems, answered greedily, and the completions behind them."""
-    episodes = rollout(policy, chat, task, task.test[: args.eval_size], args, temperature=0.0)
-    outcomes = task.measure([(e.problem, judged(e, args)) for e in episodes])
-    metrics = {f"eval/{name}": value for name, value in outcomes.items()}
-    metrics["eval/response_length"] = sum(sum(e.chosen) for e in episodes) / len(episodes)
-    right = [task.grade(e.problem, judged(e, args)) for e in episodes]
-    return metrics, [
-        task.show(e.problem, e.completions) | {"right": r}
-        for e, r in zip(episodes, right, strict=True)
-    ]
-
-
-# ==== 9. Main loop ====================================================================================================
+# ==== 7. Main loop ================================================================================
 
 
 def main(args: Args) -> None:
     check_flags(args)
+    if args.reward_per == "turn" and not args.reward_model:  # dialogue
+        stop("--reward-per turn: only a reward model judges turns; give --reward-model")
     device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    # --- 7.1 models, world, optimizer ---
     seed_torch(args.seed, "adapters")
     policy, chat = load_policy(
-        args.model,
-        device,
-        args.lora_rank,
-        getattr(torch, args.dtype),
-        args.system_prompt,
-        args.thinking,
+        args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
     )
-    task = load_task(args, chat)
     reference = twin(policy).requires_grad_(False)
-    judge = (
-        load_reward_model(args.reward_model, device, args.micro_batch_size)
-        if args.reward_model
-        else None
-    )
+    env = Environment(args, chat, device)
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    run = Run(args)
-    run.print(
-        f"{run.folder}: {len(task.train)} training, {len(task.test)} test problems; dropped: {task.dropped or 0}"
-    )
-
-    start, folder, state = load_checkpoint(args.resume, device, run.print)  # 0 for a fresh run
-    if start:
-        restore_policy(policy, folder, state)
-        restore_critic(critic, state)
     optimizer = make_optimizer(policy, critic, args)
-    rates = [group["lr"] for group in optimizer.param_groups]  # the flags', not the checkpoint's
-    if start:
-        optimizer.load_state_dict(state["optimizer"])
-    run.rewind(start)
-    labels, scale = (
-        {},
-        state["scale"].get(args.reward_model) if start else None,
-    )  # scale: of the first batch's scores
-    if args.noise == "majority-vote":
-        visited = [
-            p
-            for u in range(args.updates)
-            for p in task.batch(args.seed, u + 1, args.prompts_per_update)
-        ]
-        with precision:
-            labels = majority_vote(
-                lambda some: rollout(reference, chat, task, some, args, args.temperature),
-                task,
-                visited,
-                args,
-                run,
-            )
-    if start == 0:
-        with precision:
-            metrics, samples = evaluate(policy, chat, task, args)
-        run.log(0, {"charts/episodes": 0, **metrics})
-        run.samples(0, samples)
+    run = Run(args)
+    run.print(f"{run.folder}: {env}")
+    start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
+
+    with precision:
+        if args.noise == "majority-vote":  # of the initial policy, in place of the references
+            env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
+        if start == 0:
+            held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
+            run.samples(0, env.show(held_out))
+            run.log(0, {"charts/episodes": 0, **env.evaluate(held_out)})
 
     for update in range(start + 1, args.updates + 1):
-        began = time.perf_counter()
-        last = update == args.updates
-        evaluates = update % args.eval_every == 0 or last
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (
-                1.0 - (update - 1) / args.updates if args.lr_schedule == "linear" else 1.0
-            )
-        for parameter in optimizer.param_groups[0][
-            "params"
-        ]:  # the policy's: until then the critic trains alone
-            parameter.requires_grad_(update > args.critic_warmup)
+        clock = metrics.Clock()
+        evaluates = update % args.eval_every == 0 or update == args.updates
+        schedule(optimizer, update, args)
+        critic.beta = args.beta * min(1.0, update / args.beta_warmup)  # VRPO
 
-        # --- 9.1 rollout: the same prompts and the same noise for every method that shares the seed ---
-        problems = task.batch(args.seed, update, args.prompts_per_update)
-        problems = [p for p in problems for _ in range(args.samples_per_prompt)]
+        # --- 7.2 rollout: the same prompts for every method that shares the seed ---
         seed_torch(args.seed, "rollout", update)
         with precision:
-            episodes = rollout(policy, chat, task, problems, args, args.temperature)
+            episodes = rollout(policy, env, env.problems(update), args, args.temperature)
         batch = pack(episodes, chat.pad_id, device)
-        rolled = time.perf_counter()
+        clock.lap("rollout")
 
-        # --- 9.2 observed reward ---
-        lengths = [sum(e.chosen) for e in episodes]
-        clean = [task.grade(e.problem, judged(e, args)) for e in episodes]
-        finished = torch.tensor([e.finished for e in episodes], device=device)
-        if judge:  # what the channel is given: the reward model's score, the majority's pseudo-label, or the truth
-            with precision:
-                raw = judge.score_episodes(task, episodes, args.reward_per).to(
-                    device
-                )  # (B, K), the last K turns
-            scores, scale = on_reward_scale(raw, scale)
-            if args.truncated == "wrong":
-                scores[~finished, -1] = scores[~finished, -1].clamp(max=0.0)
-        else:
-            seen = clean
-            if labels:
-                labelled = [replace(e.problem, answer=labels[e.problem.key]) for e in episodes]
-                seen = [
-                    task.grade(p, judged(e, args)) for p, e in zip(labelled, episodes, strict=True)
-                ]
-            scores = torch.tensor(seen, device=device).unsqueeze(1)  # (B, 1)
-        observed = observe(args, scores[:, -1].tolist(), [p.key for p in problems], lengths, update)
-        clean, observed = torch.tensor(clean, device=device), torch.tensor(observed, device=device)
-        scores[:, -1] = observed
-        gains = scores.diff(
-            dim=1, prepend=torch.zeros_like(scores[:, :1])
-        )  # what each turn adds; they sum to observed
-        rewards = place_rewards(gains, batch["mask"])
-
-        # --- 9.3 advantages ---
-        if args.truncated == "mask":
-            batch["mask"] = batch["mask"] & finished.unsqueeze(1)
-        mask = batch["mask"]
-        if mask.sum() < 2:
-            stop(
-                f"update {update}: all answers were cut off and --truncated mask leaves none; raise --max-new-tokens"
-            )
-        if update == 1:
-            nn.init.constant_(
-                critic.head.bias, observed.mean().item()
-            )  # begin with the best constant
-        compared = (
-            reference if args.kl_coef > 0 or evaluates else None
-        )  # a mere metric is not worth a pass every time
+        # --- 7.3 reward: the truth, which only the log sees, and what the optimiser is told ---
+        clean = env.grade(episodes)  # (B,)
         with precision:
-            seed_torch(args.seed, "latent", update)  # VRPO: the latent samples of this update
-            batch |= score_tokens(policy, compared, critic, batch, args)
-        kl = kl_penalty(batch["logprobs"], batch["ref_logprobs"], mask)
+            if args.reward_per == "turn":  # dialogue: (B, K), after each turn
+                scores = env.score_turns(episodes)
+            else:
+                scores = env.score(episodes, clean).unsqueeze(1)
+        observed = observe(args, scores[:, -1], episodes, update)  # (B,)
+        gains = turn_gains(scores, observed)  # dialogue
+        rewards = place_rewards(gains, batch["mask"])  # (B, T)
+        batch["mask"] = env.counted(batch["mask"], episodes)
+        mask = batch["mask"]
+
+        # --- 7.4 advantages ---
+        if update == 1:
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # the best constant
+        seed_torch(args.seed, "latent", update)  # VRPO: the samples of the code
+        ref_logprobs = torch.full_like(rewards, torch.nan)
+        with precision:
+            if args.kl_coef > 0 or evaluates:  # not for a mere metric in every update
+                ref_logprobs = reference_logprobs(reference, batch, args)
+            batch |= score_tokens(policy, critic, batch, args)
+        kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
-        advantages, critic_targets = advantages_and_targets(rewards, batch, args)
-        batch |= critic_targets | {"advantages": whiten(advantages, mask)}
-        return_variance = (
-            batch["returns"][mask].var().clamp(min=0.01)
-        )  # unit of the value loss: 1 is a constant critic
-        scored = time.perf_counter()
+        advantages, targets = advantages_and_targets(rewards, batch, args)
+        batch |= targets | {"ref_logprobs": ref_logprobs, "rewards": rewards}
+        batch["advantages"] = whiten(advantages, mask)
+        return_variance = batch["returns"][mask].var().clamp(min=0.01)
+        clock.lap("score")
 
-        # --- 9.4 update: micro-batches add up to the gradient of their minibatch ---
-        history = []
-        orders = [
-            permutation(len(episodes), args.seed, "minibatches", update, epoch)
-            for epoch in range(args.epochs)
-        ]
-        minibatches = [
-            rows for order in orders for rows in order.to(device).split(args.minibatch_size)
-        ]
-        for minibatch in (take(batch, rows) for rows in minibatches):
-            minibatch["weights"] = token_weights(minibatch["mask"])
-            minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])  # VRPO
-            minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])  # VRPO
-            stats: dict[str, Tensor] = {}
-            optimizer.zero_grad()
-            for micro in by_length(minibatch["mask"]).split(args.micro_batch_size):
-                part = take(minibatch, micro)
-                chosen, weights = part["mask"], part["weights"]
-                with precision:
-                    hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+        # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---
+        averages = metrics.Averages(device)
+        for epoch in range(args.epochs):
+            order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
+            for rows in order.to(device).split(args.minibatch_size):
+                minibatch = take(batch, rows)
+                minibatch["weights"] = token_weights(minibatch["mask"])
+                for loss in ("entropy", "perplexity"):  # VRPO
+                    minibatch[f"{loss}_weights"] = token_weights(minibatch[f"{loss}_active"])
+                averages.new_minibatch()
+                optimizer.zero_grad()
+                for _, part in micro_batches(minibatch, args.micro_batch_size):
+                    chosen, weights = part["mask"], part["weights"]
                     targets = part["targets"][chosen]
-                    logprobs, entropy = logprobs_and_entropy(
-                        policy.lm_head, hidden, targets, args.temperature
+                    with precision:
+                        hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                        logprobs, entropy = logprobs_and_entropy(
+                            policy.lm_head, hidden, targets, args.temperature
+                        )
+                        features = critic.features(part["inputs"], chosen, hidden)
+                        critic_term, terms = critic_loss(
+                            critic, features, part, return_variance, args
+                        )
+                    logprobs, entropy = on_grid(logprobs, chosen), on_grid(entropy, chosen)
+                    policy_term, stats = policy_loss(
+                        logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
-                    features = critic.features(part["inputs"], chosen, hidden)
-                    critic_term, losses = critic_loss(
-                        critic, features, part, return_variance, update, args
-                    )
-                logprobs, entropy = spread(logprobs, chosen), spread(entropy, chosen)
-                losses["losses/policy"], micro_stats = policy_loss(
-                    logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
-                )
-                loss = losses["losses/policy"] + args.value_coef * critic_term
-                loss = loss - args.entropy_coef * weighted_sum(
-                    entropy, weights
-                )  # 0 too: frees the logits
-                if args.kl_in == "loss" and args.kl_coef > 0:
-                    loss = loss + args.kl_coef * kl_loss(logprobs, part["ref_logprobs"], weights)
-                loss.backward()
-                for key, value in {**losses, **micro_stats, "losses/total": loss}.items():
-                    stats[key] = stats.get(key, 0.0) + value.detach()
-            for group in optimizer.param_groups:
-                norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-                stats[f"losses/grad_norm_{group['name']}"] = norm.to(
-                    device
-                )  # on the CPU while there are no gradients
-            if not torch.stack(list(stats.values())).isfinite().all():
-                numbers = {key: value.item() for key, value in stats.items()}
-                stop(f"update {update}: not finite, so the weights were not touched: {numbers}")
-            optimizer.step()
-            history.append(stats)
-        mean = {key: torch.stack([stats[key] for stats in history]).mean().item() for key in stats}
-        updated = time.perf_counter()
+                    loss = policy_term + args.value_coef * critic_term
+                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                    if args.kl_in == "loss" and args.kl_coef > 0:
+                        loss = loss + args.kl_coef * kl_loss(
+                            logprobs, part["ref_logprobs"], weights
+                        )
+                    loss.backward()
+                    averages.add({"losses/policy": policy_term, "losses/total": loss})
+                    averages.add(terms | stats)
+                for group in optimizer.param_groups:
+                    norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    averages.add({f"losses/grad_norm_{group['name']}": norm})
+                averages.check_finite(update)
+                optimizer.step()
+        clock.lap("update")
 
-        # --- 9.5 log: losses are means over all minibatches of the update ---
-        sampled = task.measure([(e.problem, judged(e, args)) for e in episodes])
-        zeros, observed, clean = (
-            torch.zeros_like(rewards),
-            observed.unsqueeze(1),
-            clean.unsqueeze(1),
-        )  # (B, T), (B, 1)
-        observed_returns = gae(
-            rewards, zeros, mask, args.gamma, 1.0
-        )  # V = 0, lambda = 1: the discounted return
-        clean_rewards = rewards - place_rewards(observed - clean, mask)
-        clean_returns = gae(clean_rewards, zeros, mask, args.gamma, 1.0)
+        # --- 7.6 log (docs/metrics.md) ---
+        errors = (observed - clean).unsqueeze(1)  # dialogue: on the last turn
+        clean_rewards = rewards - place_rewards(errors, mask)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         active = batch["entropy_active"] | batch["perplexity_active"]  # VRPO
-        metrics = {
-            "charts/episodes": update * len(episodes),
-            "charts/tokens_per_second": sum(lengths) / (updated - began),
-            "charts/response_length": sum(lengths) / len(lengths),
-            "charts/turns": sum(len(e.completions) for e in episodes) / len(episodes),
-            "charts/eos_rate": finished.float().mean().item(),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/peak_memory_gb": peak_memory_gb(device),
-            "time/rollout": rolled - began,
-            "time/score": scored - rolled,
-            "time/update": updated - scored,
-            "reward/observed": observed.mean().item(),
-            "reward/clean": clean.mean().item(),
-            **channel_metrics(clean, observed),
-            **{f"sampled/{name}": share for name, share in sampled.items()},
+        row = {
+            **metrics.of_update(clock, averages, optimizer, episodes, update),
+            **metrics.of_rollout(env, episodes, clean, observed),
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": advantage_noise(advantages, without_errors, mask),
-            **mean,
-            "critic/explained_variance": explained_variance(
-                batch["values"], observed_returns, mask
-            ),
-            "critic/explained_variance_clean": explained_variance(
-                batch["values"], clean_returns, mask
-            ),
-            "critic/value_mean": batch["values"][mask].mean().item(),
-            "critic/return_mean": observed_returns[mask].mean().item(),
-            "critic/advantage_std": advantages[mask].std().item(),
+            "objective/advantage_noise": metrics.advantage_noise(advantages, without_errors, mask),
+            **metrics.of_critic(batch, rewards, clean_rewards, advantages, args.gamma),
             "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
         }
 
-        # --- 9.6 evaluate and checkpoint ---
+        # --- 7.7 evaluate and save ---
         if evaluates:
             with precision:
-                eval_metrics, samples = evaluate(policy, chat, task, args)
-            metrics |= eval_metrics
-            run.samples(update, samples)
-            run.transcripts(update, transcripts(task, chat, episodes, rewards, batch, args))
-        run.log(update, metrics)
-        leaving = run.interrupt
-        if update % args.save_every == 0 or last or leaving:
-            state = {
-                "critic": critic,
-                "optimizer": optimizer.state_dict(),
-                "scale": {args.reward_model: scale},
-            }
-            save_checkpoint(run.folder, update, policy, chat.tokenizer, state)
-        if leaving and not last:
-            run.leave(leaving, update)
+                held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
+            row |= env.evaluate(held_out)
+            run.samples(update, env.show(held_out))
+            run.transcripts(update, env.transcripts(episodes, batch))
+        run.log(update, row)
+        run.checkpoint(update, policy, critic, optimizer, env)
 
-    run.finish()
+    finish(run)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from experiments import EXPERIMENTS, Experiment  # noqa: E402
 
+from utils.args import DEFAULTS  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
-from utils.world.tasks import DEFAULTS  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 RUNS = Path("runs") / "benchmark"
@@ -137,9 +137,8 @@ def digest(script: str, flags: tuple) -> str:
     """Of a script and all its flags, the defaults too: what a run depends on but the code."""
     given = dict(flags)
     args = importlib.import_module(script).Args(**{**DEFAULTS[given.get("task", "math")], **given})
-    words = json.dumps(
-        [script, {key: str(value) for key, value in vars(args).items()}], sort_keys=True
-    )
+    flags = {"reward_per": "episode"} | {key: str(value) for key, value in vars(args).items()}
+    words = json.dumps([script, flags], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:10]
 
 

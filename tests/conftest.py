@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline")
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+from utils.world.environment import Environment  # noqa: E402
+from utils.world.tasks import MathTask  # noqa: E402
+
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 
@@ -88,7 +92,7 @@ def run_main(monkeypatch, tmp_path, small_flags):
         module = importlib.import_module(name)
         if not plot:
             monkeypatch.setattr(
-                "utils.run.plot_runs", lambda folders, out: out
+                "utils.report.finish.plot_runs", lambda folders, out: out
             )  # a second for each picture
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py"])
@@ -129,6 +133,14 @@ def shell(tmp_path):
         )  # fmt: skip
 
     return run
+
+
+def bare_world(args, chat, task=None):
+    """An environment without data: for rollouts of problems made by hand."""
+    env = Environment.__new__(Environment)
+    env.args, env.chat, env.device = args, chat, torch.device("cpu")
+    env.task, env.reward_model, env.labels = task or MathTask([], [], {}), None, {}
+    return env
 
 
 def read_metrics(folder: Path) -> str:

@@ -14,8 +14,8 @@ from assets.make import tiny_math as maker
 from utils.models import load_policy
 from utils.world import reward_model
 from utils.world.answers import is_correct
-from utils.world.dialogue import DialogueTask
 from utils.world.goals import UNSEEN
+from utils.world.tasks import DialogueTask
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "assets" / "data" / "tiny_math"

@@ -12,7 +12,8 @@ import torch
 from tests.conftest import ROOT, SCRIPTS
 from utils.keyed import seed_torch
 from utils.models import load_policy
-from utils.world.tasks import load_task
+from utils.tensors import pack
+from utils.world.environment import Environment
 
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "benchmark" / "studies")]
 import critic_study as study  # noqa: E402
@@ -34,23 +35,18 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
     module = sys.modules[name]
     args = module.Args(**flags)
     policy, chat = load_policy(args.model, CPU)
-    task = load_task(args, chat)
+    env = Environment(args, chat, CPU)
     seed_torch(args.seed, "critic")
     critic = module.Critic(policy, args)
     optimizer = module.make_optimizer(policy, critic, args)
     for update in (1, 2):
-        problems = [p for p in task.batch(args.seed, update, 4) for _ in range(2)]
         seed_torch(args.seed, "rollout", update)
-        episodes = module.rollout(policy, chat, task, problems, args, 1.0)
-        batch = module.pack(episodes, chat.pad_id, CPU)
-        clean = [task.grade(e.problem, e.completions) for e in episodes]
-        lengths = [sum(e.chosen) for e in episodes]
-        observed = torch.tensor(
-            module.observe(args, clean, [p.key for p in problems], lengths, update)
-        )
+        episodes = module.rollout(policy, env, env.problems(update), args, 1.0)
+        batch = pack(episodes, chat.pad_id, CPU)
+        observed = module.observe(args, env.grade(episodes), episodes, update)
         if update == 1:
             torch.nn.init.constant_(critic.head.bias, observed.mean().item())
-        rewards = module.place_rewards(observed.unsqueeze(1), batch["mask"])
+        rewards = module.place_rewards(observed, batch["mask"])
         study.train_update(module, policy, critic, optimizer, batch, rewards, args, update)
     own = critic.state_dict()
     assert saved.keys() <= own.keys() and any(key.startswith("backbone.") for key in saved)
@@ -66,7 +62,7 @@ class Told:
     def __init__(self, values):
         self.values = values
 
-    def score_tokens(self, policy, reference, critic, batch, args):
+    def score_tokens(self, policy, critic, batch, args):
         return {"values": self.values[batch["rows"][:, 0]]}
 
 

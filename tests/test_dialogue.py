@@ -13,21 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vrpo_dialogue
 from assets.make.tiny_dialogue import clerk, talk, training_goals
 from tests.conftest import ROOT
 from utils.models import load_policy
-from utils.world.dialogue import (
-    PATIENCE,
-    DialogueTask,
-    MalformedCall,
-    User,
-    asked_slots,
-    outcome,
-    parse_call,
-    play,
-    says,
-    tells,
-)
+from utils.tensors import turn_ends
+from utils.world.environment import Environment
 from utils.world.goals import (
     DOMAINS,
     UNSEEN,
@@ -40,7 +31,18 @@ from utils.world.goals import (
     load_schema,
     side,
 )
-from utils.world.tasks import load_task
+from utils.world.tasks import DialogueTask
+from utils.world.user import (
+    PATIENCE,
+    MalformedCall,
+    User,
+    asked_slots,
+    outcome,
+    parse_call,
+    play,
+    says,
+    tells,
+)
 
 SCHEMA = ROOT / "assets" / "data" / "tiny_dialogue"
 FIND = Intent("FindTable", "Food_1", "find a table", False, ("city",), (), ("price",))
@@ -672,9 +674,10 @@ def test_a_rollout_is_the_conversation_and_its_mask_the_assistants_words(script,
         task="dialogue", model="assets/tiny_dialogue", noise="none", max_turns=5, max_new_tokens=48
     )
     policy, chat = load_policy(args.model, torch.device("cpu"))
-    task = load_task(args, chat)
+    env = Environment(args, chat, torch.device("cpu"))
+    task = env.task
     torch.manual_seed(1)
-    episodes = script.rollout(policy, chat, task, task.train[:12], args, 1.0)
+    episodes = script.rollout(policy, env, task.train[:12], args, 1.0)
     assert max(len(e.completions) for e in episodes) > 2
     for e in episodes:
         messages = task.messages(e.problem, e.completions)
@@ -682,7 +685,7 @@ def test_a_rollout_is_the_conversation_and_its_mask_the_assistants_words(script,
         assert chat.tokenizer.decode(e.tokens) == (
             rendered if e.finished else rendered.removesuffix("<|end|>")
         )
-        ends = script.turn_ends(torch.tensor([e.chosen]))[0]
+        ends = turn_ends(torch.tensor([e.chosen]))[0]
         turns, begin = [], 0
         for end in ends.nonzero().flatten().tolist():
             turns.append(
@@ -709,10 +712,11 @@ def test_gae_and_rewards_across_turns_by_hand(script):
     """Two turns of two tokens and one, a user turn between them: rewards 1 and 2, gamma 1/2, lambda
     1/2, values 1."""
     mask = torch.tensor([[0, 1, 1, 0, 0, 1]]).bool()
-    rewards = script.place_rewards(torch.tensor([[1.0, 2.0]]), mask)
+    rewards = vrpo_dialogue.place_rewards(torch.tensor([[1.0, 2.0]]), mask)
     assert rewards.tolist() == [[0, 0, 1, 0, 0, 2]]
+    assert script.place_rewards(torch.tensor([2.0]), mask).tolist() == [[0, 0, 0, 0, 0, 2]]
     if not hasattr(script, "gae"):
-        return  # GRPO has no values: the scores of the turns are summed
+        return  # GRPO has no values
     values = torch.tensor([[9.0, 1.0, 1.0, 9.0, 9.0, 1.0]])
     # last: 2 - 1 = 1;  before: 1 + 1/2 - 1 = 1/2, + 1/4 * 1 = 3/4;  first: 0 + 1/2 - 1 = -1/2, +
     # 1/4 * 3/4 = -5/16

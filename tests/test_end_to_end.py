@@ -470,8 +470,10 @@ def test_the_true_outcome_as_reward_of_a_dialogue(run_main, dialogue_flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"reward_per": "turn", "reward_model": None}, "only a reward model judges turns"),
-        ({"reward_per": "turn", "script": "grpo_baseline"}, "GRPO sums the rewards"),
+        (
+            {"reward_per": "turn", "reward_model": None, "script": "vrpo_dialogue"},
+            "only a reward model judges turns",
+        ),
         ({"noise": "majority-vote"}, "votes are on final answers"),
         ({"schema": Path("nowhere")}, "--schema nowhere: no such folder"),
         ({"train_split": "dev"}, "there is no .*dev"),
@@ -486,7 +488,7 @@ def test_bad_input_of_dialogues(flags, message, run_main, dialogue_flags):
 def test_the_task_brings_its_defaults(monkeypatch):
     import importlib
 
-    from utils.run import parse_args
+    from utils.args import DEFAULTS, parse_args
 
     def parse(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
@@ -501,7 +503,9 @@ def test_the_task_brings_its_defaults(monkeypatch):
         parse("ppo_baseline").model == "assets/tiny_math"
         and parse("ppo_baseline").noise == "symmetric"
     )
-    assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args()
+    assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args(
+        **DEFAULTS["dialogue"]
+    )
     assert parse("vrpo_dialogue", "--task", "math").reward_model is None
     with pytest.raises(SystemExit):
         parse("ppo_baseline", "--task", "chess")

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -10,10 +9,12 @@ import torch
 
 import ppo_baseline as ppo
 import vrpo_math as vrpo
-from tests.conftest import SCRIPTS, read_metrics, read_samples
+from tests.conftest import SCRIPTS, bare_world, read_metrics, read_samples
+from utils import tensors
 from utils.generation import Answer
 from utils.models import load_policy
-from utils.world.tasks import MathTask, Problem
+from utils.world.environment import Episode
+from utils.world.problems import Problem
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def problems(chat, count=6):
 def play(policy, chat, seed=0, **flags):
     args = ppo.Args(max_new_tokens=10, **flags)
     ppo.seed_torch(seed)
-    return ppo.rollout(policy, chat, MathTask([], [], {}), problems(chat), args, args.temperature)
+    return ppo.rollout(policy, bare_world(args, chat), problems(chat), args, args.temperature)
 
 
 def test_all_scripts_see_the_same_completions_and_noise_in_update_1(run_main):
@@ -90,29 +91,34 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
     critic = module.Critic(policy, args)
     torch.nn.init.normal_(critic.head.weight)
     policy.zero_grad()
-    for rows in ppo.by_length(minibatch["mask"]).split(micro_batch_size):
-        part = ppo.take(minibatch, rows)
+    for _, part in tensors.micro_batches(minibatch, micro_batch_size):
         mask = part["mask"]
         hidden = ppo.hidden_states(policy.get_decoder(), part["inputs"], mask)
-        logprobs, _ = ppo.logprobs_and_entropy(policy.lm_head, hidden, part["targets"][mask], 1.0)
+        logprobs, _ = tensors.logprobs_and_entropy(
+            policy.lm_head, hidden, part["targets"][mask], 1.0
+        )
         features = critic.features(part["inputs"], mask, hidden)
         loss, _ = ppo.policy_loss(
-            ppo.spread(logprobs, mask), part["logprobs"], part["advantages"], part["weights"], 0.2
+            tensors.on_grid(logprobs, mask),
+            part["logprobs"],
+            part["advantages"],
+            part["weights"],
+            0.2,
         )
         if module is vrpo:
             _, kl, _ = critic.values(features, samples=1)
-            critic_logprobs, entropy = ppo.logprobs_and_entropy(
+            critic_logprobs, entropy = tensors.logprobs_and_entropy(
                 critic.lm_head, features, part["targets"][mask], 1.0
             )
             ent, ppl = vrpo.semantic_losses(
-                ppo.spread(entropy, mask),
-                ppo.spread(critic_logprobs, mask),
+                tensors.on_grid(entropy, mask),
+                tensors.on_grid(critic_logprobs, mask),
                 part["entropy_weights"],
                 part["perplexity_weights"],
             )
-            loss = loss + ppo.weighted_sum(ppo.spread(kl, mask), part["weights"]) + ent + ppl
+            loss = loss + ppo.weighted_sum(tensors.on_grid(kl, mask), part["weights"]) + ent + ppl
         else:
-            values = ppo.spread(critic.values(features), mask)
+            values = tensors.on_grid(critic.values(features), mask)
             loss = loss + ppo.value_loss(values, values, part["advantages"], part["weights"], None)
         loss.backward()
     parameters = [
@@ -125,7 +131,7 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
 @pytest.mark.parametrize("module", [ppo, vrpo])
 def test_accumulation_1x8_equals_8x1(module, policy_and_chat):
     policy, chat = policy_and_chat
-    batch = ppo.pack(play(policy, chat) + play(policy, chat, seed=1)[:2], chat.pad_id, CPU)
+    batch = tensors.pack(play(policy, chat) + play(policy, chat, seed=1)[:2], chat.pad_id, CPU)
     torch.manual_seed(1)
     batch["logprobs"], batch["advantages"] = torch.randn(2, *batch["mask"].shape)
     batch["weights"] = ppo.token_weights(batch["mask"])
@@ -140,7 +146,7 @@ def test_accumulation_1x8_equals_8x1(module, policy_and_chat):
 
 def test_padding_changes_nothing(policy_and_chat):
     policy, chat = policy_and_chat
-    batch = ppo.pack(play(policy, chat), chat.pad_id, CPU)
+    batch = tensors.pack(play(policy, chat), chat.pad_id, CPU)
     args, critic = ppo.Args(), ppo.Critic(policy, ppo.Args())
     torch.nn.init.normal_(critic.head.weight)
     wide = {
@@ -149,8 +155,11 @@ def test_padding_changes_nothing(policy_and_chat):
         )
         for k, v in batch.items()
     }
-    narrow, wide = (ppo.score_tokens(policy, policy, critic, b, args) for b in (batch, wide))
-    for key in narrow:
+    found = [ppo.score_tokens(policy, critic, b, args) for b in (batch, wide)]
+    for scores, b in zip(found, (batch, wide), strict=True):
+        scores["ref_logprobs"] = ppo.reference_logprobs(policy, b, args)
+    narrow, wide = found
+    for key in ("values", "ref_logprobs"):
         assert torch.allclose(narrow[key], wide[key][:, : narrow[key].shape[1]], atol=1e-5), key
 
 
@@ -164,10 +173,10 @@ def test_training_sees_the_distribution_that_was_sampled(
     policy, chat = policy_and_chat
     args = ppo.Args(temperature=temperature, max_new_tokens=10)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        batch = ppo.pack(play(policy, chat, temperature=temperature), chat.pad_id, CPU)
+        batch = tensors.pack(play(policy, chat, temperature=temperature), chat.pad_id, CPU)
         mask = batch["mask"]
         hidden = ppo.hidden_states(policy.get_decoder(), batch["inputs"], mask)
-        logprobs, entropy = ppo.logprobs_and_entropy(
+        logprobs, entropy = tensors.logprobs_and_entropy(
             policy.lm_head, hidden, batch["targets"][mask], args.temperature
         )
     for ours, theirs in ((batch["logprobs"][mask], logprobs), (batch["entropy"][mask], entropy)):
@@ -210,9 +219,8 @@ def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
     )
     original, ppo.generate = ppo.generate, lambda *_: next(scripted)
     try:
-        episodes = ppo.rollout(
-            policy, chat, MathTask([], [], {}), problems(chat)[:2], ppo.Args(max_turns=2), 1.0
-        )
+        args = ppo.Args(max_turns=2)
+        episodes = ppo.rollout(policy, bare_world(args, chat), problems(chat)[:2], args, 1.0)
     finally:
         ppo.generate = original
     first, second = episodes
@@ -233,22 +241,23 @@ def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
 
 
 def test_truncated_answers():
-    task, one = MathTask([], [], {}), Problem("q", "1", [])
-    cut, whole = (SimpleNamespace(finished=f, completions=["x", "#### 1"]) for f in (False, True))
-    assert ppo.judged(cut, ppo.Args(truncated="wrong")) == ["x", ""] and cut.completions == [
-        "x",
-        "#### 1",
-    ]
-    rewards = {
-        t: [task.grade(one, ppo.judged(e, ppo.Args(truncated=t))) for e in (cut, whole)]
-        for t in ("wrong", "grade", "mask")
-    }
+    one = Problem("q", "1", [])
+    cut, whole = (Episode(one, completions=["x", "#### 1"], finished=f) for f in (False, True))
+    mask, rewards, counted = torch.ones(2, 3, dtype=torch.bool), {}, {}
+    for kind in ("wrong", "grade", "mask"):
+        env = bare_world(ppo.Args(truncated=kind), None)
+        rewards[kind] = env.grade([cut, whole]).tolist()
+        counted[kind] = env.counted(mask, [cut, whole]).sum(1).tolist()
     assert rewards == {"wrong": [0.0, 1.0], "grade": [1.0, 1.0], "mask": [1.0, 1.0]}
+    assert counted == {"wrong": [3, 3], "grade": [3, 3], "mask": [0, 3]}
+    assert cut.completions == ["x", "#### 1"]
+    with pytest.raises(SystemExit, match="--truncated mask leaves none"):
+        env.counted(mask[:1], [cut])
 
 
 def test_no_gradient_into_the_frozen_head(policy_and_chat):
     policy, chat = policy_and_chat
-    batch = ppo.pack(play(policy, chat), chat.pad_id, CPU)
+    batch = tensors.pack(play(policy, chat), chat.pad_id, CPU)
     mask = batch["mask"]
     for kind in ("frozen", "learned"):
         args = vrpo.Args(lm_head=kind)
@@ -256,7 +265,7 @@ def test_no_gradient_into_the_frozen_head(policy_and_chat):
         optimizer = vrpo.make_optimizer(policy, critic, args)
         before = critic.lm_head.weight.detach().clone()
         features = critic.features(batch["inputs"], mask, None)
-        logprobs, entropy = vrpo.logprobs_and_entropy(
+        logprobs, entropy = tensors.logprobs_and_entropy(
             critic.lm_head, features, batch["targets"][mask], 1.0
         )
         (entropy.mean() - logprobs.mean()).backward()

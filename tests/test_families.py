@@ -24,10 +24,11 @@ from transformers import (
 )
 
 import ppo_baseline as ppo
+from tests.conftest import bare_world
 from utils.generation import generate
 from utils.models import load_policy
+from utils.tensors import pack
 from utils.world.problems import Problem
-from utils.world.tasks import MathTask
 
 CPU = torch.device("cpu")
 CHATML = (
@@ -222,17 +223,15 @@ def test_training_sees_the_log_probabilities_of_sampling(folders, name):
     torch.manual_seed(1)
     args = ppo.Args(max_new_tokens=12)
     problems = [Problem("p", "1", ids) for ids in prompts]
-    episodes = ppo.rollout(policy, chat, MathTask([], [], {}), problems, args, 1.0)
+    episodes = ppo.rollout(policy, bare_world(args, chat), problems, args, 1.0)
     for e in episodes:
         answer = e.tokens[len(e.problem.prompt_ids) :]
         assert not set(answer[:-1]) & set(chat.eos_ids) and e.finished == (
             answer[-1] in chat.eos_ids
         )
         assert isinstance(e.completions[0], str)
-    batch = ppo.pack(episodes, chat.pad_id, CPU)
-    trained = ppo.score_tokens(policy, policy, ppo.Critic(policy, args), batch, args)[
-        "ref_logprobs"
-    ]
+    batch = pack(episodes, chat.pad_id, CPU)
+    trained = ppo.reference_logprobs(policy, batch, args)
     for i, e in enumerate(episodes[:6]):
         logits = policy(input_ids=torch.tensor([e.tokens])).logits[0, :-1]
         targets = torch.tensor(e.tokens[1:])

@@ -11,7 +11,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from utils import generation
+from utils import generation, tensors
 from utils.generation import choose, exponential, generate
 from utils.models import load_policy
 
@@ -60,7 +60,7 @@ def test_same_tokens_as_a_plain_loop(
     chat.eos_ids = list(range(0, vocabulary, 9))  # one token in nine ends an answer
     monkeypatch.setattr(generation, "ROOM", room)
     monkeypatch.setattr(generation, "COMPACT_AT", compact_at)
-    monkeypatch.setattr(generation, "LOGITS_AT_ONCE", rows_at_once * vocabulary)
+    monkeypatch.setattr(tensors, "LOGITS_AT_ONCE", rows_at_once * vocabulary)
     prompts = some_prompts(chat)
     torch.manual_seed(3)
     expected = plainly(policy, chat, prompts, 15, temperature)

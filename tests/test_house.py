@@ -39,3 +39,37 @@ def test_every_module_is_imported_by_its_full_name():
 def test_short_names_of_the_commands(name, shell):
     done = shell([sys.executable, "-m", f"utils.{name}", "--help"])
     assert done.returncode == 0 and f"python -m utils.{name}" in done.stdout
+
+
+def room_of(name: str) -> str:
+    """Of a module of ours: script, world, report, engine or assets; "" of any other."""
+    parts = name.split(".")
+    if parts[0] == "utils":
+        return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "engine"
+    if parts[0] in ("assets", "benchmark", "tests", "docs"):
+        return parts[0]
+    return "script" if (ROOT / f"{parts[0]}.py").exists() else ""
+
+
+def test_no_import_runs_upwards():
+    """Engine < world < report < scripts: a room imports itself and what lies below it."""
+    below = {"engine": {"engine"}, "world": {"engine", "world"}}
+    below["report"] = {"engine", "world", "report"}
+    below["script"] = below["report"]  # and no script imports another
+    below["assets"] = below["report"] | {"assets"}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("assets/make/*.py")]
+    for file in files:
+        own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        rooms = {room_of(name) for name in imported(file)} - {""}
+        assert rooms <= below[own], f"{file.name} of {own} imports from {rooms - below[own]}"
+
+
+def test_no_circle_of_imports():
+    graph = {}
+    for file in ROOT.glob("utils/**/*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = {n for n in imported(file) if (ROOT / f"{n.replace('.', '/')}.py").exists()}
+    while graph:
+        free = {name for name, needed in graph.items() if not needed & graph.keys()}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: needed for name, needed in graph.items() if name not in free}

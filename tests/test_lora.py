@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import SCRIPTS, read_metrics, read_samples
+from utils import tensors
 from utils.models import load_policy, save_policy, trainable, twin
 
 CPU = torch.device("cpu")
@@ -134,11 +135,11 @@ def test_chunks_change_nothing_but_memory(script, rows, monkeypatch):
     results, seen = [], []
     head.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
     for at_once in (10**9, rows * 20):
-        monkeypatch.setattr(script, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(tensors, "LOGITS_AT_ONCE", at_once)
         inputs = hidden.clone().requires_grad_()
         head.zero_grad()
         seen.clear()
-        logprobs, entropy = script.logprobs_and_entropy(head, inputs, targets, 0.7)
+        logprobs, entropy = tensors.logprobs_and_entropy(head, inputs, targets, 0.7)
         (logprobs.sum() + 2 * entropy.pow(2).sum()).backward()
         results.append((logprobs, entropy, inputs.grad, head.weight.grad.clone()))
     assert max(seen) <= rows

@@ -12,6 +12,7 @@ import grpo_baseline
 import ppo_baseline as ppo
 import vrpo_math
 from tests.conftest import ROOT, SCRIPTS
+from utils.report import metrics
 from utils.world.problems import Problem
 from utils.world.tasks import MathTask
 from utils.world.votes import majority_vote
@@ -22,8 +23,18 @@ CLEAN = [float(i % 2) for i in range(N)]
 LENGTHS = [i % 40 + 1 for i in range(N)]
 
 
-def observe(noise: str, update: int = 1, seed: int = 1, clean=CLEAN, **flags) -> list[float]:
-    return ppo.observe(ppo.Args(noise=noise, seed=seed, **flags), clean, KEYS, LENGTHS, update)
+EPISODES = [
+    SimpleNamespace(problem=Problem(key, "1", []), length=length)
+    for key, length in zip(KEYS, LENGTHS, strict=True)
+]
+
+
+def observe(
+    noise: str, update: int = 1, seed: int = 1, clean=CLEAN, script=ppo, **flags
+) -> list[float]:
+    args = script.Args(noise=noise, seed=seed, **flags)
+    scores = torch.tensor(clean, dtype=torch.float64)
+    return script.observe(args, scores, EPISODES, update).tolist()
 
 
 def flips(observed, clean=CLEAN) -> list[bool]:
@@ -56,9 +67,9 @@ def test_asymmetric_rates_and_youden_j():
     observed = observe("asymmetric", false_negative_rate=0.3, false_positive_rate=0.1)
     assert rate(observed, where=lambda i: CLEAN[i] == 1) == pytest.approx(0.3, abs=0.03)
     assert rate(observed, where=lambda i: CLEAN[i] == 0) == pytest.approx(0.1, abs=0.03)
-    metrics = ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))
-    assert metrics["reward/youden_j"] == pytest.approx(1 - 0.3 - 0.1, abs=0.03)
-    assert metrics["reward/flip_rate"] == pytest.approx(0.2, abs=0.03)
+    found = metrics.channel(torch.tensor(CLEAN), torch.tensor(observed))
+    assert found["reward/youden_j"] == pytest.approx(1 - 0.3 - 0.1, abs=0.03)
+    assert found["reward/flip_rate"] == pytest.approx(0.2, abs=0.03)
 
 
 def test_gaussian():
@@ -87,7 +98,7 @@ def test_random_is_a_coin_whatever_the_answer():
     for clean in ([0.0] * N, [1.0] * N):
         assert sum(observe("random", clean=clean)) / N == pytest.approx(0.5, abs=0.03)
     observed = observe("random")
-    assert ppo.channel_metrics(torch.tensor(CLEAN), torch.tensor(observed))[
+    assert metrics.channel(torch.tensor(CLEAN), torch.tensor(observed))[
         "reward/youden_j"
     ] == pytest.approx(0, abs=0.04)
 
@@ -100,7 +111,7 @@ def test_reproducible_seeded_and_the_same_for_every_method(noise):
     assert first == observe(noise)
     assert first != observe(noise, seed=2)
     for module in (vrpo_math, grpo_baseline):
-        assert first == module.observe(module.Args(noise=noise), CLEAN, KEYS, LENGTHS, 1)
+        assert first == observe(noise, script=module)
 
 
 def test_majority_vote(tmp_path):
@@ -141,10 +152,10 @@ def test_majority_vote(tmp_path):
     )
 
 
-def test_without_a_reference_no_metric_pretends_to_know_the_truth(script):
+def test_without_a_reference_no_metric_pretends_to_know_the_truth():
     unknown = torch.full((3,), float("nan"))
-    metrics = script.channel_metrics(unknown, torch.tensor([0.0, 1.0, 1.0]))
-    assert all(value != value for value in metrics.values())
+    found = metrics.channel(unknown, torch.tensor([0.0, 1.0, 1.0]))
+    assert all(value != value for value in found.values())
     assert MathTask([], [], {}).grade(Problem("q", None, []), ["#### 1"]) != 0.0
 
 

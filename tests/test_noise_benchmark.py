@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from utils.run import check_flags
-from utils.world.tasks import DEFAULTS
+from utils.args import DEFAULTS, check_flags
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import experiments  # noqa: E402

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import vrpo_dialogue
 from tests.conftest import ROOT
-from utils.world.dialogue import DialogueTask
 from utils.world.reward_model import (
     Args,
     RewardModel,
@@ -22,6 +22,7 @@ from utils.world.reward_model import (
     pad_by_eos,
     train,
 )
+from utils.world.tasks import DialogueTask
 
 CPU = torch.device("cpu")
 
@@ -90,15 +91,18 @@ def test_scores_of_turns_stand_on_the_right(model):
     assert turns[1, 0].item() == pytest.approx(first, abs=1e-5)
 
 
-def test_scores_on_the_scale_of_rewards_and_what_each_turn_adds(script):
+def test_scores_on_the_scale_of_rewards_and_what_each_turn_adds():
     raw = torch.tensor([[float("nan"), 1.0], [2.0, 5.0]])
     scores, scale = on_reward_scale(raw, None)
     assert scale == (3.0, 2.0) and scores.tolist() == [[0.0, 0.0], [0.25, 1.0]]
     again, kept = on_reward_scale(raw + 4, scale)
     assert kept == scale and again[:, -1].tolist() == [1.0, 2.0]
-    gains = scores.diff(dim=1, prepend=torch.zeros(2, 1))
+    gains = vrpo_dialogue.turn_gains(scores, scores[:, -1])
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
-    assert script.place_rewards(gains, mask).tolist() == [[0, 0, 0, 0, 0], [0.25, 0, 0, 0.75, 0]]
+    assert vrpo_dialogue.place_rewards(gains, mask).tolist() == [
+        [0, 0, 0, 0, 0],
+        [0.25, 0, 0, 0.75, 0],
+    ]
     constant, _ = on_reward_scale(torch.full((3, 1), 2.0), None)
     assert constant.tolist() == [[0.5]] * 3
 

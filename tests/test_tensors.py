@@ -14,7 +14,10 @@ import dvpo_math as dvpo
 import grpo_baseline as grpo
 import ppo_baseline as ppo
 import robust_ppo_baseline as robust
+import vrpo_dialogue as dialogue
 import vrpo_math as vrpo
+from utils import tensors
+from utils.report import metrics
 
 T, F = True, False
 
@@ -36,7 +39,7 @@ TWO_TURNS = [Row([5, 8, 1, 6, 7, 9, 1], [F, T, T, F, F, T, T])]
 
 
 def pack(rows):
-    return ppo.pack(rows, pad_id=1, device=torch.device("cpu"))
+    return tensors.pack(rows, pad_id=1, device=torch.device("cpu"))
 
 
 def test_pack_shifts_once_and_keeps_eos():
@@ -52,41 +55,55 @@ def test_pack_shifts_once_and_keeps_eos():
 
 def test_take_trims_to_the_longest_row_taken():
     batch = pack(ROWS)
-    short = ppo.take(batch, torch.tensor([1]))
+    short = tensors.take(batch, torch.tensor([1]))
     assert short["targets"].tolist() == [[6, 1]] and short["mask"].tolist() == [[F, T]]
-    assert ppo.take(batch, torch.tensor([1, 0]))["mask"].shape == (2, 5)
+    assert tensors.take(batch, torch.tensor([1, 0]))["mask"].shape == (2, 5)
     nothing = {"mask": torch.zeros(2, 5, dtype=torch.bool)}
-    assert ppo.take(nothing, torch.tensor([0]))["mask"].shape == (1, 1)
+    assert tensors.take(nothing, torch.tensor([0]))["mask"].shape == (1, 1)
 
 
-def test_by_length_orders_rows_by_their_last_chosen_token():
-    assert ppo.by_length(pack(ROWS)["mask"]).tolist() == [1, 0]
-    assert ppo.by_length(pack(ROWS + TWO_TURNS)["mask"]).tolist() == [1, 0, 2]
+def test_micro_batches_order_rows_by_their_last_chosen_token():
+    batch = pack(ROWS + TWO_TURNS)
+    parts = list(tensors.micro_batches(batch, 2))
+    assert [rows.tolist() for rows, _ in parts] == [[1, 0], [2]]
+    for rows, part in parts:
+        width = part["mask"].shape[1]
+        assert part["targets"].tolist() == batch["targets"][rows, :width].tolist()
+    assert parts[0][1]["mask"].shape == (2, 5)  # what both rows need, and no more
 
 
 def test_spread_inverts_masking():
     mask = pack(ROWS)["mask"]
-    grid = ppo.spread(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
+    grid = tensors.on_grid(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     assert grid.tolist() == [[0, 0, 1, 2, 3], [0, 4, 0, 0, 0]]
     assert grid[mask].tolist() == [1, 2, 3, 4]
 
 
 def test_reward_sits_on_the_last_chosen_token():
-    rewards = ppo.place_rewards(torch.tensor([[0.5], [2.0]]), pack(ROWS)["mask"])
+    rewards = ppo.place_rewards(torch.tensor([0.5, 2.0]), pack(ROWS)["mask"])
     assert rewards.tolist() == [[0, 0, 0, 0, 0.5], [0, 2.0, 0, 0, 0]]
 
 
 def test_rewards_of_several_turns():
     mask = pack(TWO_TURNS)["mask"]  # targets 8 1 6 7 9 1
     assert mask.tolist() == [[T, T, F, F, T, T]]
-    assert ppo.place_rewards(torch.tensor([[3.0]]), mask).tolist() == [
-        [0, 0, 0, 0, 0, 3]
-    ]  # one score: the last turn's
-    assert ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
-    assert ppo.place_rewards(torch.tensor([[9.0, 2.0, 3.0]]), mask).tolist() == [[0, 2, 0, 0, 0, 3]]
-    assert ppo.place_rewards(
-        torch.tensor([[1.0]]), torch.zeros(1, 3, dtype=torch.bool)
-    ).tolist() == [[0, 0, 0]]
+    assert ppo.place_rewards(torch.tensor([3.0]), mask).tolist() == [[0, 0, 0, 0, 0, 3]]
+    for gains in ([[2.0, 3.0]], [[9.0, 2.0, 3.0]]):  # the last turn's stands in the last column
+        placed = dialogue.place_rewards(torch.tensor(gains), mask)
+        assert placed.tolist() == [[0, 2, 0, 0, 0, 3]]
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert ppo.place_rewards(torch.tensor([1.0]), nothing).tolist() == [[0, 0, 0]]
+    assert dialogue.place_rewards(torch.tensor([[1.0]]), nothing).tolist() == [[0, 0, 0]]
+
+
+def test_credit_per_turn():
+    """A turn's reward is what it adds to the score; the gains sum to the last score."""
+    scores = torch.tensor([[0.2, 0.5, 1.0], [0.0, 0.0, 0.7]])  # the second has one turn
+    gains = dialogue.turn_gains(scores, scores[:, -1])
+    assert torch.allclose(gains, torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.0, 0.7]]))
+    flipped = dialogue.turn_gains(scores, 1 - scores[:, -1])  # noise is on the last turn alone
+    assert torch.allclose(flipped, torch.tensor([[0.2, 0.3, -0.5], [0.0, 0.0, 0.3]]))
+    assert scores[0, -1] == 1.0  # what came in is as it was
 
 
 def test_nan_under_the_mask_never_reaches_means_or_losses():
@@ -96,7 +113,7 @@ def test_nan_under_the_mask_never_reaches_means_or_losses():
     assert ppo.weighted_sum(bad, weights) == 2
     assert ppo.whiten(bad, mask).isfinite().all()
     leaf = torch.tensor([0.1, 0.2], requires_grad=True)
-    logprobs = ppo.spread(leaf, mask)
+    logprobs = tensors.on_grid(leaf, mask)
     loss, _ = ppo.policy_loss(logprobs, bad, bad, weights, 0.2)
     loss = (
         loss
@@ -111,6 +128,19 @@ def test_whiten():
     mask = torch.tensor([[T, T, T, F]])
     white = ppo.whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), mask)
     assert torch.allclose(white, torch.tensor([[-1.0, 0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("module", [ppo, grpo, vrpo, dvpo, robust, dialogue])
+def test_whitening_equal_numbers_gives_zero_and_no_rounding_noise(module):
+    torch.manual_seed(0)
+    constants = [0.0, 1.0, -0.3, 8 / 7, 0.1 + 0.2, *(torch.randn(60).exp() - 1).tolist()]
+    for constant in constants:
+        for shape in ((2, 1), (3, 7), (16, 48), (64, 33)):
+            x, mask = torch.full(shape, constant), torch.ones(shape, dtype=torch.bool)
+            assert not module.whiten(x, mask).any(), (constant, shape)
+            small = x.clone()
+            small[0, 0] += 1e-3 * max(abs(constant), 1.0)  # a difference that is one
+            assert module.whiten(small, mask).std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_gae_by_hand():
@@ -148,7 +178,10 @@ def test_gae_against_the_definition_over_turns_and_padding(seed, lam, gamma):
 
 def test_gae_with_zero_values_and_lambda_one_is_the_discounted_return():
     mask = pack(TWO_TURNS)["mask"]
-    rewards = ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
+    rewards = dialogue.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
+    returns = metrics.discounted_returns(rewards, mask, 1.0)
+    assert returns.tolist() == [[5, 5, 0, 0, 3, 3]]
+    assert metrics.discounted_returns(rewards, mask, 0.5).tolist() == [[1.375, 2.75, 0, 0, 1.5, 3]]
     assert ppo.gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0).tolist() == [
         [5, 5, 0, 0, 3, 3]
     ]
@@ -193,7 +226,7 @@ def test_kl_estimates_against_torch():
 
 def test_logprobs_and_entropy_against_torch_distributions():
     head, hidden, targets = torch.nn.Linear(4, 6), torch.randn(5, 4), torch.tensor([0, 5, 2, 2, 1])
-    logprobs, entropy = ppo.logprobs_and_entropy(head, hidden, targets, 0.7)
+    logprobs, entropy = tensors.logprobs_and_entropy(head, hidden, targets, 0.7)
     expected = torch.distributions.Categorical(logits=head(hidden) / 0.7)
     assert torch.allclose(logprobs, expected.log_prob(targets), atol=1e-6)
     assert torch.allclose(entropy, expected.entropy(), atol=1e-6)
@@ -201,12 +234,14 @@ def test_logprobs_and_entropy_against_torch_distributions():
 
 def test_explained_variance():
     mask, returns = torch.tensor([[T, T, T, F]]), torch.tensor([[1.0, 2.0, 3.0, 9.0]])
-    assert ppo.explained_variance(returns + 5, returns, mask) == 1  # a constant error costs nothing
-    assert ppo.explained_variance(torch.zeros(1, 4), returns, mask) == 0
-    assert ppo.explained_variance(-returns, returns, mask) == -3
-    assert ppo.explained_variance(returns, torch.ones(1, 4), mask) != ppo.explained_variance(
+    assert (
+        metrics.explained_variance(returns + 5, returns, mask) == 1
+    )  # a constant error costs nothing
+    assert metrics.explained_variance(torch.zeros(1, 4), returns, mask) == 0
+    assert metrics.explained_variance(-returns, returns, mask) == -3
+    assert metrics.explained_variance(
         returns, torch.ones(1, 4), mask
-    )
+    ) != metrics.explained_variance(returns, torch.ones(1, 4), mask)
 
 
 def test_advantage_noise():
@@ -218,21 +253,21 @@ def test_advantage_noise():
     observed = clean.clone()
     observed[:2] = 1 - observed[:2]  # one right and one wrong answer of ten: p = 0.2
     whole = torch.ones_like(mask)
-    assert ppo.advantage_noise(observed.expand(10, 2), clean.expand(10, 2), whole) == pytest.approx(
-        1 - 0.6**2
-    )
+    assert metrics.advantage_noise(
+        observed.expand(10, 2), clean.expand(10, 2), whole
+    ) == pytest.approx(1 - 0.6**2)
     bad = torch.where(mask, observed - 0.4, torch.nan)
     pairs = [x.expand(10, 2)[mask].tolist() for x in (observed, clean)]
-    assert ppo.advantage_noise(bad, clean.expand(10, 2), mask) == pytest.approx(
+    assert metrics.advantage_noise(bad, clean.expand(10, 2), mask) == pytest.approx(
         1 - statistics.correlation(*pairs) ** 2
     )
-    assert ppo.advantage_noise(
+    assert metrics.advantage_noise(
         3 * clean.expand(10, 2) - 1, clean.expand(10, 2), mask
     ) == pytest.approx(0)  # scale, shift
     assert (
-        ppo.advantage_noise(1 - clean.expand(10, 2), clean.expand(10, 2), whole) == 1
+        metrics.advantage_noise(1 - clean.expand(10, 2), clean.expand(10, 2), whole) == 1
     )  # all inverted: nothing follows
-    assert math.isnan(ppo.advantage_noise(torch.ones(10, 2), clean.expand(10, 2), mask))
+    assert math.isnan(metrics.advantage_noise(torch.ones(10, 2), clean.expand(10, 2), mask))
 
 
 # ---- GRPO ----
@@ -349,7 +384,7 @@ def test_quantile_regression_finds_the_quantiles():
 
 def test_distributional_gae():
     mask = pack(TWO_TURNS)["mask"]
-    rewards = ppo.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
+    rewards = dialogue.place_rewards(torch.tensor([[2.0, 3.0]]), mask)
     quantiles = torch.randn(*mask.shape, 5)
     each = dvpo.distributional_gae(rewards, quantiles, mask, 0.9, 0.8)
     assert each.shape == quantiles.shape
@@ -364,7 +399,7 @@ def test_distributional_gae():
 
 def test_dvpo_targets_are_the_observed_return_with_lambda_one():
     mask = pack(TWO_TURNS)["mask"]
-    rewards = ppo.place_rewards(torch.tensor([[1.0]]), mask)
+    rewards = ppo.place_rewards(torch.tensor([1.0]), mask)
     batch = {"mask": mask, "quantiles": torch.randn(*mask.shape, 5)}
     batch["values"] = batch["quantiles"].mean(-1)
     _, targets = dvpo.advantages_and_targets(rewards, batch, dvpo.Args(critic_lambda=1.0))
@@ -477,7 +512,7 @@ def test_contaminated_targets_stay_between_rewards_and_values(seed, lam, rho):
     backups."""
     torch.manual_seed(seed)
     values, mask = torch.rand(8, 40), torch.rand(8, 40) < 0.8
-    rewards = ppo.place_rewards(torch.randint(2, (8, 1)).float(), mask)
+    rewards = ppo.place_rewards(torch.randint(2, (8,)).float(), mask)
     returns = (robust.gae(rewards, values, mask, 1.0, lam, rho) + values)[mask]
     assert returns.min() >= -1e-5 and returns.max() <= 1 + 1e-5
 
@@ -510,7 +545,7 @@ def test_ensemble_min_takes_the_lowest_head(tiny_model):
         critic.head.weight.zero_()
         critic.head.bias.copy_(torch.tensor([0.5, 0.2, 0.8]))
     batch = pack(ROWS)
-    scores = robust.score_tokens(policy, None, critic, batch, args)
+    scores = robust.score_tokens(policy, critic, batch, args)
     assert torch.allclose(scores["values"], 0.2 * batch["mask"])
     assert torch.allclose(
         scores["heads"], torch.tensor([0.5, 0.2, 0.8]) * batch["mask"].unsqueeze(-1)
@@ -523,7 +558,7 @@ def test_ensemble_min_takes_the_lowest_head(tiny_model):
         | {"returns": torch.ones(batch["mask"].shape), "weights": ppo.token_weights(batch["mask"])}
     )
     features = torch.zeros(int(batch["mask"].sum()), policy.config.hidden_size)
-    loss, _ = robust.critic_loss(critic, features, part, torch.tensor(0.5), 1, args)
+    loss, _ = robust.critic_loss(critic, features, part, torch.tensor(0.5), args)
     assert loss.item() == pytest.approx((0.25 + 0.64 + 0.04) / 3 / 0.5)
     for kind in ("contamination", "conservative"):
         assert robust.Critic(policy, robust.Args(worst_case=kind)).head.out_features == 1

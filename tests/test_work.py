@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from tests.conftest import ROOT, SCRIPTS
-from utils import generation
+from utils import generation, tensors
 
 EPISODES, EPOCHS = 8, 2
 MODEL = str(ROOT / "assets" / "tiny_math")  # its answers differ in length
@@ -135,10 +135,8 @@ def test_padding_is_cut_in_every_micro_batch(work_of, micro_batch_size, padded):
 def test_logits_at_once(work_of, monkeypatch, tokenizer, name):
     """However many tokens there are: rollout, scoring, training and evaluation stay below
     LOGITS_AT_ONCE."""
-    rows, script = 3, importlib.import_module(name)
-    assert script.LOGITS_AT_ONCE == generation.LOGITS_AT_ONCE
-    for module in (script, generation):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows * len(tokenizer) + 5)
+    rows = 3
+    monkeypatch.setattr(tensors, "LOGITS_AT_ONCE", rows * len(tokenizer) + 5)
     work, (episodes, _) = work_of(name, micro_batch_size=4)
     assert sum(sum(e.chosen) for e in episodes) > 10 * rows
     assert all(work.logits[update] == rows for update in (1, 2)) and work.logits["outside"] == rows

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+from utils import tensors
+
 ROOM = 32  # tokens by which a cache grows at a time
 COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
 
@@ -83,7 +84,7 @@ def choose(
     noise, however it is cut; on a GPU while a batch is one piece."""
     parts = []
     for place in torch.arange(batch, device=rows.device).split(
-        max(1, LOGITS_AT_ONCE // head.out_features)
+        max(1, tensors.LOGITS_AT_ONCE // head.out_features)
     ):
         here = (rows >= place[0]) & (rows <= place[-1])
         logits = head(hidden[here]).float()
@@ -100,11 +101,28 @@ def choose(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-@torch.no_grad()
 def generate(
+    policy,
+    chat,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    at_once: int | None = None,
+) -> list[Answer]:
+    """The policy's answer to every prompt, of at most max_new_tokens; `at_once` prompts in a batch
+    (default: all)."""
+    answers = []
+    for start in range(0, len(prompts), at_once or len(prompts) or 1):
+        some = prompts[start : start + at_once] if at_once else prompts
+        answers += generate_batch(policy, chat, some, max_new_tokens, temperature)
+    return answers
+
+
+@torch.no_grad()
+def generate_batch(
     policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float
 ) -> list[Answer]:
-    """The policy's answer to every prompt, of at most max_new_tokens."""
+    """The policy's answer to every prompt of a batch."""
     decoder, device = policy.get_decoder(), policy.device
     cache = DynamicCache(config=policy.config)
     # rows can be taken out of caches of attention; a model with others decodes its batch as it

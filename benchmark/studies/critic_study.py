@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pandas as pd
@@ -43,8 +44,10 @@ import vrpo_math as vrpo  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.keyed import permutation, seed_torch  # noqa: E402
 from utils.models import load_policy, pick_device  # noqa: E402
+from utils.report.metrics import advantage_noise, explained_variance  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
-from utils.world.tasks import load_task  # noqa: E402
+from utils.tensors import micro_batches, pack, take, turn_ends  # noqa: E402
+from utils.world.environment import Environment  # noqa: E402
 
 CPU = torch.device("cpu")
 RESULTS, README = ROOT / "benchmark" / "results", ROOT / "README.md"
@@ -159,7 +162,8 @@ def resolved(job: Fit, channel: str):
 
 def digest(job: Fit, channel: str, model: str, dataset: str) -> str:
     """Of everything that a fit depends on but the code."""
-    flags = {key: str(value) for key, value in vars(resolved(job, channel)[1]).items()}
+    args = vars(resolved(job, channel)[1])
+    flags = {"reward_per": "episode"} | {key: str(value) for key, value in args.items()}
     words = json.dumps([flags, job.rollouts, job.passes, model, dataset], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:10]
 
@@ -179,18 +183,13 @@ def rollouts(model: str, dataset: str, seed: int, count: int):
     name = hashlib.sha256(f"{Path(model).resolve()} {dataset}".encode()).hexdigest()[:6]
     file = CACHE / f"{Path(model).name}_{name}_{seed}_{count}.pt"
     if not file.exists():
-        args = ppo.Args(model=model, dataset=dataset)
-        task, episodes = load_task(args, chat), []
+        args = ppo.Args(model=model, dataset=dataset, seed=seed, prompts_per_update=UPDATE // 4)
+        env, episodes = Environment(args, chat, CPU), []
         for update in range((count + FRESH) // UPDATE):
-            problems = [p for p in task.batch(seed, update + 1, UPDATE // 4) for _ in range(4)]
             seed_torch(seed, "rollout", update)
-            episodes += ppo.rollout(policy, chat, task, problems, args, 1.0)
-        clean = [task.grade(e.problem, ppo.judged(e, args)) for e in episodes]
-        kept = (
-            ppo.pack(episodes, chat.pad_id, CPU),
-            torch.tensor(clean),
-            [e.problem.key for e in episodes],
-        )
+            episodes += ppo.rollout(policy, env, env.problems(update + 1), args, 1.0)
+        keys = [e.problem.key for e in episodes]
+        kept = (pack(episodes, chat.pad_id, CPU), env.grade(episodes), keys)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept, file.with_suffix(f".{os.getpid()}"))
         file.with_suffix(f".{os.getpid()}").rename(file)
@@ -202,10 +201,14 @@ def observed_rewards(
 ) -> torch.Tensor:
     """The clean rewards through the script's channel, update by update."""
     seen, lengths = [], mask.sum(1).tolist()
+    episodes = [
+        SimpleNamespace(problem=SimpleNamespace(key=key), length=length)
+        for key, length in zip(keys, lengths, strict=True)
+    ]
     for update, start in enumerate(range(0, len(clean), UPDATE)):
         some = slice(start, start + UPDATE)
-        seen += ppo.observe(args, clean[some].tolist(), keys[some], lengths[some], update + 1)
-    return torch.tensor(seen)
+        seen.append(ppo.observe(args, clean[some], episodes[some], update + 1))
+    return torch.cat(seen)
 
 
 def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[dict]]:
@@ -215,7 +218,7 @@ def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[
     module, args = resolved(job, channel)
     policy, _, batch, clean, keys = rollouts(model, dataset, job.seed, max(2560, job.rollouts))
     observed = observed_rewards(args, clean, keys, batch["mask"])
-    rewards = ppo.place_rewards(observed.unsqueeze(1), batch["mask"])
+    rewards = ppo.place_rewards(observed, batch["mask"])
     fresh = torch.arange(len(clean) - FRESH, len(clean))
     seed_torch(job.seed, "critic")
     critic = module.Critic(policy, args)
@@ -228,7 +231,7 @@ def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[
         for start in range(0, job.rollouts, UPDATE):
             update += 1
             chunk = torch.arange(start, start + UPDATE)
-            part = ppo.take(batch, chunk)
+            part = take(batch, chunk)
             train_update(
                 module,
                 policy,
@@ -253,12 +256,20 @@ def fit_rows(*arguments) -> list[dict]:
     return fit(*arguments)[1]
 
 
+def module_schedule(module, optimizer, critic, update: int, args) -> None:
+    """What the script's main() sets at the start of an update; the policy is not in it."""
+    module.schedule(optimizer, update, args)
+    if module is vrpo:
+        critic.beta = args.beta * min(1.0, update / args.beta_warmup)
+
+
 def train_update(
     module, policy, critic, optimizer, batch: dict, rewards: torch.Tensor, args, update: int
 ) -> None:
-    """9.3 and 9.4 of the script's main(), the policy left out."""
+    """7.4 and 7.5 of the script's main(), the policy left out."""
+    module_schedule(module, optimizer, critic, update, args)
     seed_torch(args.seed, "latent", update)
-    batch = batch | module.score_tokens(policy, None, critic, batch, args)
+    batch = batch | module.score_tokens(policy, critic, batch, args)
     _, targets = module.advantages_and_targets(rewards, batch, args)
     batch |= targets
     unit = batch["returns"][batch["mask"]].var().clamp(min=0.01)
@@ -266,16 +277,15 @@ def train_update(
         for rows in permutation(len(rewards), args.seed, "minibatches", update, epoch).split(
             args.minibatch_size
         ):
-            minibatch = ppo.take(batch, rows)
+            minibatch = take(batch, rows)
             minibatch["weights"] = ppo.token_weights(minibatch["mask"])
             for key in ("entropy", "perplexity"):
                 if f"{key}_active" in minibatch:
                     minibatch[f"{key}_weights"] = ppo.token_weights(minibatch[f"{key}_active"])
             optimizer.zero_grad()
-            for micro in ppo.by_length(minibatch["mask"]).split(args.micro_batch_size):
-                part = ppo.take(minibatch, micro)
+            for _, part in micro_batches(minibatch, args.micro_batch_size):
                 features = critic.features(part["inputs"], part["mask"], None)
-                module.critic_loss(critic, features, part, unit, update, args)[0].backward()
+                module.critic_loss(critic, features, part, unit, args)[0].backward()
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
             optimizer.step()
@@ -293,27 +303,27 @@ def measure(
     clean rewards). On the last fitted episodes: the share of their reward errors that the values
     reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
     seed_torch(args.seed, "measure")
-    part = ppo.take(batch, fresh)
+    part = take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
-    part |= module.score_tokens(policy, None, critic, part, args)
+    part |= module.score_tokens(policy, critic, part, args)
     values, returns = part["values"], right.unsqueeze(1).expand_as(part["values"])
-    rewards = (ppo.place_rewards(x.unsqueeze(1), mask) for x in (observed[fresh], right))
+    rewards = (ppo.place_rewards(x, mask) for x in (observed[fresh], right))
     advantages = [module.advantages_and_targets(x, part, args)[0] for x in rewards]
-    last = values[ppo.turn_ends(mask)]
+    last = values[turn_ends(mask)]
     wins = stats.mannwhitneyu(last[right == 1], last[right == 0]).statistic
     v, r = values[mask], returns[mask]
     expected = torch.where(r == 1, observed[clean == 1].mean(), observed[clean == 0].mean())
     bins = [(v[b].mean() - expected[b].mean()).abs() for b in v.argsort().chunk(10)]
     result = {
-        "explained_variance": ppo.explained_variance(values, returns, mask),
+        "explained_variance": explained_variance(values, returns, mask),
         "r_squared": torch.corrcoef(torch.stack([v, r]))[0, 1].square().nan_to_num().item(),
         "auc": float(wins / ((right == 1).sum() * (right == 0).sum())),
         "calibration_error": torch.stack(bins).mean().item(),
-        "advantage_noise": ppo.advantage_noise(*advantages, mask),
+        "advantage_noise": advantage_noise(*advantages, mask),
     }
-    part = ppo.take(batch, fitted)
+    part = take(batch, fitted)
     mask, seen, right = part["mask"], observed[fitted].unsqueeze(1), clean[fitted].unsqueeze(1)
-    values = module.score_tokens(policy, None, critic, part, args)["values"]
+    values = module.score_tokens(policy, critic, part, args)["values"]
     errors = (values - right) ** 2
     flipped = mask & ((seen - right).abs() > 0.5)
     result["noise_fitted"] = noise_fitted(values, seen, right, mask)
@@ -344,9 +354,9 @@ def write_tokens(args: "Args") -> None:
         module, script = resolved(job, args.channel)
         observed = observed_rewards(script, clean, keys, batch["mask"])
         rows = torch.arange(len(clean) - FRESH, len(clean), 4)
-        part = ppo.take(batch, rows)
-        part |= module.score_tokens(policy, None, critic, part, script)
-        rewards = ppo.place_rewards(observed[rows].unsqueeze(1), part["mask"])
+        part = take(batch, rows)
+        part |= module.score_tokens(policy, critic, part, script)
+        rewards = ppo.place_rewards(observed[rows], part["mask"])
         advantages, _ = module.advantages_and_targets(rewards, part, script)
         part |= {"rewards": rewards, "advantages": ppo.whiten(advantages, part["mask"])}
         folder = CACHE / name

@@ -30,16 +30,16 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from utils.args import DEFAULTS, check_ranges
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import seed_torch
 from utils.models import Chat, load_policy, pick_device
-from utils.run import check_ranges, write_atomically
+from utils.run import write_atomically
 from utils.world.data import DATASETS, load_split
-from utils.world.dialogue import DialogueTask
 from utils.world.goals import UNSEEN
 from utils.world.problems import Problem, Task
-from utils.world.tasks import DEFAULTS, MathTask, ScienceTask, load_dialogues, prompt
+from utils.world.tasks import DialogueTask, MathTask, ScienceTask, load_dialogues, prompt
 
 MEASURES = (
     "accuracy",

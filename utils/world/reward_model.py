@@ -27,11 +27,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from utils.args import check_ranges
 from utils.errors import stop
 from utils.models import answer, conversation_ids, first_line, load_policy, pick_device
-from utils.run import check_ranges
-from utils.world.dialogue import DialogueTask, outcome
 from utils.world.problems import Problem
+from utils.world.tasks import DialogueTask
+from utils.world.user import outcome
 
 Conversation = list[dict[str, str]]
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from utils.errors import stop
@@ -16,25 +18,9 @@ from utils.world.answers import (
     to_number,
 )
 from utils.world.data import Question, load_split
-from utils.world.dialogue import DialogueTask, User, first_message
-from utils.world.goals import load_goals
+from utils.world.goals import UNSEEN, load_goals
 from utils.world.problems import Problem, Task
-
-# Defaults of the flags that go with --task.
-DEFAULTS = {
-    "math": {
-        "model": "assets/tiny_math", "dataset": "assets/data/tiny_math", "updates": 40, "prompts_per_update": 64,
-        "max_turns": 1, "max_new_tokens": 48, "reward_model": None, "noise": "symmetric", "kl_coef": 0.0,
-    },
-    "science": {
-        "model": "assets/tiny_science", "dataset": "assets/data/tiny_science", "updates": 30, "prompts_per_update": 64,
-        "max_turns": 1, "max_new_tokens": 64, "reward_model": None, "noise": "symmetric", "kl_coef": 0.0,
-    },
-    "dialogue": {
-        "model": "assets/tiny_dialogue", "dataset": "assets/data/tiny_math", "updates": 30, "prompts_per_update": 32,
-        "max_turns": 12, "max_new_tokens": 48, "reward_model": "assets/tiny_reward", "noise": "none", "kl_coef": 0.05,
-    },
-}  # fmt: skip
+from utils.world.user import User, first_message, outcome, play
 
 
 class MathTask(Task):
@@ -103,6 +89,69 @@ class ScienceTask(MathTask):
     def find(self, completion: str) -> str:
         found = short_answer(completion) or ""
         return found if to_number(found) is not None else normal(found)
+
+
+class DialogueTask(Task):
+    """Goals as problems. `answer` of a Problem is its Goal; a dialogue is right when its goal is
+    completed."""
+
+    def __init__(
+        self, train: list[Problem], test: list[Problem], dropped: dict[str, int], seed: int
+    ):
+        super().__init__(train, test, dropped)
+        self.seed = seed
+
+    @classmethod
+    def load(cls, schema: Path, train_split: str, test_split: str, seed: int) -> "DialogueTask":
+        """The goals alone, without prompts in a model's tokens."""
+        goals = load_goals(schema, train_split, test_split)
+        return cls(
+            *([Problem(g.key, g, []) for g in goals[split]] for split in ("train", "test")),
+            {},
+            seed,
+        )
+
+    def first_message(self, problem: Problem) -> str:
+        return first_message(problem.answer, User(problem.answer, self.seed).open())
+
+    def grade(self, problem: Problem, completions: list[str]) -> float:
+        return outcome(problem.answer, completions, self.seed).gcr
+
+    def reply(self, problem: Problem, completions: list[str]) -> str | None:
+        user, said = play(problem.answer, completions, self.seed)
+        return None if user.ended else said[-1]
+
+    def show(self, problem: Problem, completions: list[str]) -> dict[str, str]:
+        """An episode as the columns of a table; the dialogue has the user's last word too."""
+        _, said = play(problem.answer, completions, self.seed)
+        turns = [f"user: {said[0]}"]
+        for text, reply in zip_longest(completions, said[1:], fillvalue=""):
+            turns += [f"assistant: {text}", f"user: {reply}"]
+        return {"goal": str(problem.answer), "dialogue": "\n".join(turns)}
+
+    def messages(self, problem: Problem, completions: list[str]) -> list[dict[str, str]]:
+        """The conversation up to the assistant's last turn, the first message without the prompt
+        template."""
+        _, said = play(problem.answer, completions, self.seed)
+        turns = [("user", first_message(problem.answer, said[0]))]
+        for i, text in enumerate(completions):
+            turns += [("user", said[i])] if i else []
+            turns.append(("assistant", text))
+        return [{"role": role, "content": content} for role, content in turns]
+
+    def measure(self, pairs: list[tuple[Problem, list[str]]]) -> dict[str, float]:
+        """TCR, ACR, GCR, their average, turns and the share of impatient endings over all dialogues
+        whose services are known from training; the three rates for each domain; and for the
+        dialogues with unseen services."""
+        outcomes = [(p.answer.group, outcome(p.answer, texts, self.seed)) for p, texts in pairs]
+        known = [o for group, o in outcomes if group != UNSEEN] or [o for _, o in outcomes]
+        names = ("tcr", "acr", "gcr", "average", "turns", "impatient")
+        metrics = {name: sum(getattr(o, name) for o in known) / len(known) for name in names}
+        for group in sorted({group for group, _ in outcomes}):
+            members = [o for g, o in outcomes if g == group]
+            for name in names[:3]:
+                metrics[f"{name}_{group}"] = sum(getattr(o, name) for o in members) / len(members)
+        return metrics
 
 
 def load_task(args, chat: Chat) -> Task:

@@ -1,0 +1,211 @@
+"""Flags that the scripts have in common, and how a command line becomes `Args`.
+
+A script's `Args` inherits the groups below and adds its own; each group is a box in `--help`.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from utils.errors import stop
+
+ArgsType = TypeVar("ArgsType")
+NOISES = Literal[
+    "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote",
+]  # fmt: skip
+
+
+@dataclass
+class RunArgs:
+    seed: int = 1
+    """seed of everything random: data order, sampling, noise, minibatches"""
+    run_name: str | None = None
+    """the run is written to runs/<run-name>; default: script, noise, seed and time"""
+    resume: Path | None = None
+    """run directory to continue from its newest checkpoint; its flags are the defaults"""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward passes (autocast); weights and optimizer stay in float32"""
+    eval_every: int = 10
+    """updates between greedy evaluations on clean held-out problems (also at start and end)"""
+    eval_size: int = 512
+    """held-out problems, the first of the test split"""
+    save_every: int = 10
+    """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "vrpo"
+    """project name on Weights & Biases"""
+
+
+@dataclass
+class TaskArgs:
+    task: Literal["math", "science", "dialogue"] = "math"
+    """what the policy is asked; the defaults of some flags go with it (utils/args.py, DEFAULTS)"""
+    model: str = "assets/tiny_math"
+    """policy at the start and frozen reference: a Hugging Face folder or hub id"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on all linear layers of policy and critic; 0 trains the weights"""
+    dataset: str = "assets/data/tiny_math"
+    """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
+    dataset_config: str | None = None
+    """configuration of the data set (a subfolder of a local one); default: the usual one"""
+    train_split: str | None = None
+    """split to train on; a slice such as train[:90%] is allowed; default: train"""
+    test_dataset: str | None = None
+    """data set of the held-out problems, NAME or NAME:CONFIG; default: the same"""
+    test_split: str | None = None
+    """held-out split; training problems that stand in it too are dropped; default: test"""
+    question_column: str | None = None
+    """column of the question; default: the first of question, problem, prompt, ..."""
+    answer_column: str | None = None
+    """column of the reference, bare or ending in `#### n` or a box; default: answer, solution, ..."""
+    choices_column: str | None = None
+    """column with a list of options; the reference is a label, letter, position or text"""
+    prompt_template: str = "{question}"
+    """the user message around the question"""
+    system_prompt: str | None = None
+    """system message that opens every conversation"""
+    thinking: bool = False
+    """let a model think whose chat template knows it (Qwen3); only what follows </think> counts"""
+    schema: Path = Path("assets/data/tiny_dialogue")
+    """dialogue: a folder in the format of Schema-Guided Dialogue"""
+    max_prompt_tokens: int = 128
+    """problems with longer prompts are counted and dropped"""
+    max_turns: int = 1
+    """answers in an episode, at most; in math the user asks to check before every further one"""
+    max_new_tokens: int = 48
+    """tokens of one answer, EOS included"""
+    temperature: float = 1.0
+    """of sampling; log-probabilities are those of the tempered distribution"""
+    truncated: Literal["wrong", "grade", "mask"] = "wrong"
+    """an answer without EOS is wrong, is graded as it stands, or is graded and left out of losses"""
+    rollout_batch_size: int = 256
+    """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
+
+
+@dataclass
+class RewardArgs:
+    reward_model: str | None = None
+    """a sequence classifier whose scores replace the truth as reward: a folder or hub id"""
+    noise: NOISES = "symmetric"
+    """channel between the clean reward, or the reward model's score, and the observed one"""
+    noise_rate: float = 0.2
+    """probability of an error: symmetric, persistent, group, length"""
+    false_negative_rate: float = 0.2
+    """P(0 | right): asymmetric"""
+    false_positive_rate: float = 0.2
+    """P(1 | wrong): asymmetric"""
+    noise_sigma: float = 0.5
+    """standard deviation: gaussian"""
+    vote_samples: int = 8
+    """answers of the initial policy whose majority becomes the label: majority-vote"""
+
+
+# Defaults of the flags that go with --task.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "math": {
+        "model": "assets/tiny_math", "dataset": "assets/data/tiny_math", "updates": 40,
+        "prompts_per_update": 64, "max_turns": 1, "max_new_tokens": 48, "reward_model": None,
+        "noise": "symmetric", "kl_coef": 0.0,
+    },
+    "science": {
+        "model": "assets/tiny_science", "dataset": "assets/data/tiny_science", "updates": 30,
+        "prompts_per_update": 64, "max_turns": 1, "max_new_tokens": 64, "reward_model": None,
+        "noise": "symmetric", "kl_coef": 0.0,
+    },
+    "dialogue": {
+        "model": "assets/tiny_dialogue", "dataset": "assets/data/tiny_math", "updates": 30,
+        "prompts_per_update": 32, "max_turns": 12, "max_new_tokens": 48,
+        "reward_model": "assets/tiny_reward", "noise": "none", "kl_coef": 0.05,
+    },
+}  # fmt: skip
+
+MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
+SHARES = (
+    "noise_rate", "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda",
+    "assumed_false_negative_rate", "assumed_false_positive_rate", "token_ratio", "contamination",
+    "label_noise", "length_bias",
+)  # fmt: skip
+# a curvature needs three quantiles, the Huber loss is divided by kappa, tails do not overlap
+LIMITS = {
+    "quantiles": (3, float("inf")),
+    "huber_kappa": (0.001, float("inf")),
+    "tail_share": (0, 0.5),
+}
+
+
+def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
+    """The command line as `cls`. The task's own defaults hold, or with --resume the run's saved
+    flags; flags given now override them."""
+    given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    task_flag = make_dataclass("TaskFlag", [("task", str, field(default=cls.task))])
+    task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
+    if task not in DEFAULTS:  # for the parser to say
+        task = cls.task
+    args = parse_groups(cls, cls(**{"task": task, **DEFAULTS[task]}), description)
+    if args.resume is None:
+        return args
+    return dataclasses.replace(parse_groups(cls, saved_args(cls, args.resume)), resume=args.resume)
+
+
+def parse_groups(
+    cls: type[ArgsType], default: ArgsType, description: str | None = None
+) -> ArgsType:
+    """The command line as `cls`, each dataclass that it inherits being a group of `--help`."""
+    groups = []
+    for group in cls.__bases__:
+        names = [f.name for f in dataclasses.fields(group)]
+        start = group(**{name: getattr(default, name) for name in names})
+        name = group.__name__.removesuffix("Args").lower()
+        groups.append((name, group, field(default_factory=lambda start=start: start)))
+    nested = make_dataclass(cls.__name__, groups[::-1])
+    found = tyro.cli(nested, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
+    return cls(**flat)
+
+
+def saved_args(cls: type[ArgsType], run: Path) -> ArgsType:
+    """The flags in a run's args.json."""
+    try:
+        saved = json.loads((run / "args.json").read_text())
+    except (OSError, ValueError):
+        stop(
+            f"--resume {run}: no readable args.json there (give a run directory such as runs/<name>)"
+        )
+    if saved.pop("script") != Path(sys.argv[0]).stem:
+        stop(f"--resume {run}: that run was made by another script")
+    fields = [f for f in dataclasses.fields(cls) if f.name in saved]
+    return cls(**{f.name: Path(saved[f.name]) if f.type is Path else saved[f.name] for f in fields})
+
+
+def check_ranges(args: Any) -> None:
+    """Refuse numbers out of range with one sentence that names the flag: counts start at 1, shares
+    end at 1, nothing is negative."""
+    types = {f.name: f.type for f in dataclasses.fields(args)}
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        is_count = isinstance(value, int) and types[name] is not float and name not in MAY_BE_ZERO
+        low, high = LIMITS.get(name, (int(is_count), 1 if name in SHARES else float("inf")))
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+            stop(f"--{name.replace('_', '-')} {value}: must be {limits}")
+    if args.temperature == 0:
+        stop("--temperature 0: must be above 0 (evaluation is greedy whatever it is)")
+
+
+def check_flags(args: Any) -> None:
+    """`check_ranges` of a script's flags, and what must not be combined."""
+    check_ranges(args)
+    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
+        stop(
+            "--noise majority-vote: votes are on final answers, which neither dialogues nor "
+            "--reward-model have"
+        )

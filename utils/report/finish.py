@@ -1,0 +1,89 @@
+"""What a run shows at its end: a problem, two episodes of its training, the curve, what is next."""
+
+import json
+
+from rich.markup import escape
+from rich.text import Text
+
+from utils.report.diagnose import sentences
+from utils.report.plot import plot_runs
+from utils.run import Run
+
+HEADLINES = {
+    "eval/accuracy": "clean held-out accuracy",
+    "eval/average": "held-out mean of TCR, ACR and GCR",
+}
+
+
+def finish(run: Run) -> None:
+    """Close a run: draw its curves, and print what it has done."""
+    run.close()
+    picture = plot_runs([run.folder], run.folder / "curves.png")
+    held_out_problem(run)
+    training_episodes(run)
+    for key, name in HEADLINES.items():
+        curve = {int(row["update"]): float(row[key]) for row in run.rows if key in row}
+        if curve:
+            print_curve(run, name, curve)
+    run.print(f"diagnosis: {sentences(run.folder)}\n")
+    run.print(f"curves: {picture}. Go on with", soft_wrap=True)
+    for command, what in (
+        (f"python -m utils.tokens {run.folder}", "what the critic thinks of every token"),
+        (f"python -m utils.plot {run.folder} runs/OTHER", "its curves beside another run's"),
+        ("diff ppo_baseline.py vrpo_math.py", "the method"),
+    ):
+        run.print(f"  {escape(command)}  [dim]# {what}[/dim]", soft_wrap=True)
+
+
+def read_rows(run: Run, name: str) -> list[dict]:
+    """The rows of a .jsonl file of the run."""
+    file = run.folder / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def held_out_problem(run: Run) -> None:
+    """A problem that was wrong at the start and is right now, else the first one, with both
+    answers."""
+    rows = read_rows(run, "samples.jsonl")
+    first = [row for row in rows if row["update"] == rows[0]["update"]]
+    last = [row for row in rows if row["update"] == rows[-1]["update"]]
+    pairs = list(zip(first, last, strict=False))
+    before, after = next((p for p in pairs if p[0]["right"] < p[1]["right"]), pairs[0])
+    asked, said = list(after)[1:3]  # question and completion, or goal and dialogue
+    run.print("\n[bold]A held-out problem[/bold]")
+    run.print(Text(f"  {after[asked]}"))
+    for name, row in (("at the start", before), ("now", after)):
+        verdict = "right" if row["right"] else "wrong"
+        run.print(Text(f"  {name}, {verdict}: ").append(indented(row[said]), style="cyan"))
+
+
+def training_episodes(run: Run) -> None:
+    """Two episodes of the last transcripts, one of them misjudged if there is such a one."""
+    rows = read_rows(run, "transcripts.jsonl")
+    rows = [row for row in rows if row["update"] == rows[-1]["update"]]
+    for row in rows:
+        row["told"] = sum(row["tokens"]["rewards"])
+        row["truth"] = row["outcome"].get("accuracy", row["outcome"].get("average"))
+        row["flipped"] = (row["told"] > 0.5) != (row["truth"] > 0.5)
+    chosen = [next((row for row in rows if row["flipped"] == flipped), None) for flipped in (0, 1)]
+    run.print("\n[bold]Training episodes[/bold] of the last update")
+    for row in filter(None, chosen):
+        answer = row["messages"][-1]["content"]
+        told = f"told {row['told']:.2g}, truth {row['truth']:.2g}"
+        told = Text(told, style="bold red" if row["flipped"] else "green")
+        run.print(Text("  ").append(told).append(f": {indented(answer)}"))
+
+
+def print_curve(run: Run, name: str, curve: dict[int, float]) -> None:
+    """One bar for each evaluation, ten at most."""
+    values = list(curve.values())
+    run.print(f"\n[bold]{name}[/bold]")
+    every = -(-len(curve) // 10)
+    for i, (update, value) in enumerate(curve.items()):
+        if i % every == 0 or i == len(curve) - 1:
+            run.print(f"  update {update:>4}  {value:.3f} [cyan]{'━' * round(40 * value)}[/cyan]")
+    run.print(f"  start {values[0]:.3f}, last {values[-1]:.3f}, peak {max(values):.3f}")
+
+
+def indented(text: str) -> str:
+    return text.replace("\n", "\n    ")

@@ -1,0 +1,76 @@
+"""Episodes as tensors: the grid (B, T) on which everything lives, and batches without padding."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+Batch = dict[str, Tensor]
+
+
+def pack(episodes: list, pad_id: int, device: torch.device) -> Batch:
+    """Episodes as `inputs`, `targets` (B, T) int64, `mask` (B, T) bool, `logprobs` and `entropy`
+    (B, T) of the policy that sampled; T is the longest episode minus one."""
+    width = max(len(e.tokens) for e in episodes)
+
+    def grid(name: str, filler) -> Tensor:
+        rows = [getattr(e, name) for e in episodes]
+        rows = [row + [filler] * (width - len(row)) for row in rows]
+        return torch.tensor(rows, device=device)
+
+    tokens = grid("tokens", pad_id)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": grid("chosen", False)[:, 1:],
+        "logprobs": grid("logprobs", 0.0)[:, 1:],
+        "entropy": grid("entropy", 0.0)[:, 1:],
+    }
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+    used = batch["mask"][rows].any(0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    return {key: value[rows, :width] for key, value in batch.items()}
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
+    """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
+    stand together, so that little is padding."""
+    last_column = batch["mask"].cumsum(1).argmax(1)
+    for rows in last_column.argsort(stable=True).split(size):
+        yield rows, take(batch, rows)
+
+
+def on_grid(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of x[mask]: values (N, ...) on the grid (B, T, ...), zero where the mask is."""
+    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
+
+
+def turn_ends(mask: Tensor) -> Tensor:
+    """(B, T) bool: the last token of every turn, its EOS unless the turn was cut off."""
+    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return mask & ~following
+
+
+def logprobs_and_entropy(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the
+    largest tensors there are, so at most LOGITS_AT_ONCE of them exist at a time: each chunk's are
+    computed again in the backward pass."""
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
+        chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    if len(targets) <= rows:
+        return chunk(hidden, targets)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    parts = [checkpoint(chunk, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,0 +1,199 @@
+"""What the policy meets: problems, a user who replies, the truth, and a judge who may err."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from utils.errors import stop
+from utils.generation import Answer
+from utils.tensors import Batch, turn_ends
+from utils.world.problems import Problem
+from utils.world.reward_model import load_reward_model, on_reward_scale
+from utils.world.tasks import load_task
+from utils.world.votes import majority_vote
+
+
+@dataclass
+class Episode:
+    """One conversation: its tokens, which of them the policy chose and out of which distribution,
+    and the policy's answers."""
+
+    problem: Problem
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    finished: bool = False
+    """the last answer ended with EOS"""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy chose."""
+        return sum(self.chosen)
+
+    def hear(self, tokens: list[int]) -> None:
+        """Tokens of the prompt or of the user: nothing that the policy chose."""
+        nothing = [0.0] * len(tokens)
+        self.tokens += tokens
+        self.chosen += [False] * len(tokens)
+        self.logprobs += nothing
+        self.entropy += nothing
+
+    def say(self, answer: Answer, chat) -> None:
+        """The policy's next answer."""
+        self.tokens += answer.tokens
+        self.chosen += [True] * len(answer.tokens)
+        self.logprobs += answer.logprobs
+        self.entropy += answer.entropy
+        self.completions.append(chat.decode(answer.tokens))
+        self.finished = answer.tokens[-1] in chat.eos_ids
+
+
+class Environment:
+    """Task, user and judge, as the flags say. Attributes: `chat`, the policy's chat format; `task`
+    with its problems; `held_out`, those of the evaluation; `scale`, mean and deviation of the
+    reward model's first scores; `labels`, what a majority takes for right, by problem."""
+
+    def __init__(self, args, chat, device: torch.device):
+        self.args, self.chat, self.device = args, chat, device
+        self.task = load_task(args, chat)
+        self.held_out = self.task.test[: args.eval_size]
+        self.reward_model = None
+        if args.reward_model:
+            self.reward_model = load_reward_model(args.reward_model, device, args.micro_batch_size)
+        self.scale: tuple[float, float] | None = None
+        self.labels: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        task = self.task
+        dropped = f"; dropped: {task.dropped or 0}"
+        return f"{len(task.train)} training, {len(task.test)} test problems{dropped}"
+
+    # ---- episodes ----
+
+    def problems(self, update: int) -> list[Problem]:
+        """The problems of an update, each --samples-per-prompt times."""
+        args = self.args
+        different = self.task.batch(args.seed, update, args.prompts_per_update)
+        return [problem for problem in different for _ in range(args.samples_per_prompt)]
+
+    def begin(self, problem: Problem) -> Episode:
+        """An episode that has its prompt and nothing else."""
+        episode = Episode(problem)
+        episode.hear(problem.prompt_ids)
+        return episode
+
+    def reply(self, episodes: list[Episode]) -> list[Episode]:
+        """The user's next words are added; returns the episodes that go on. One ends where the user
+        is content, or an answer was cut off: the user would have to speak in the middle of it."""
+        going_on = []
+        for episode in episodes:
+            said = None
+            if episode.finished:
+                said = self.task.reply(episode.problem, episode.completions)
+            if said is not None:
+                episode.hear(self.chat.user_turn_ids(said))
+                going_on.append(episode)
+        return going_on
+
+    # ---- rewards ----
+
+    def judged(self, episode: Episode) -> list[str]:
+        """An episode's answers as they are judged: one that was cut off is empty, unless
+        --truncated says otherwise."""
+        if self.args.truncated == "wrong" and not episode.finished:
+            return [*episode.completions[:-1], ""]
+        return episode.completions
+
+    def grade(self, episodes: list[Episode]) -> Tensor:
+        """The truth (B,): 1 right, 0 wrong, NaN where no reference is known."""
+        grades = [self.task.grade(e.problem, self.judged(e)) for e in episodes]
+        return torch.tensor(grades, device=self.device)
+
+    def score(self, episodes: list[Episode], clean: Tensor) -> Tensor:
+        """What the judge says (B,), before noise: the reward model's score on the scale of 0 and 1,
+        the verdict by the majority's labels, or the truth `clean`."""
+        if self.reward_model:
+            return self.score_turns(episodes, "episode")[:, -1]
+        if self.labels:
+            labelled = [
+                replace(e, problem=replace(e.problem, answer=self.labels[e.problem.key]))
+                for e in episodes
+            ]
+            return self.grade(labelled)
+        return clean
+
+    def score_turns(self, episodes: list[Episode], per: str = "turn") -> Tensor:
+        """The reward model's scores (B, K) up to each of the last K turns, the whole episode's in
+        the last column; K = 1 for `per` "episode"."""
+        raw = self.reward_model.score_episodes(self.task, episodes, per).to(self.device)
+        scores, self.scale = on_reward_scale(raw, self.scale)
+        if self.args.truncated == "wrong":
+            cut_off = ~self.finished(episodes)
+            scores[cut_off, -1] = scores[cut_off, -1].clamp(max=0.0)
+        return scores
+
+    def finished(self, episodes: list[Episode]) -> Tensor:
+        """(B,) bool: not cut off."""
+        return torch.tensor([e.finished for e in episodes], device=self.device)
+
+    def counted(self, mask: Tensor, episodes: list[Episode]) -> Tensor:
+        """The mask (B, T); with --truncated mask, without the episodes that were cut off."""
+        if self.args.truncated != "mask":
+            return mask
+        mask = mask & self.finished(episodes).unsqueeze(1)
+        if mask.sum() < 2:
+            stop(
+                "all answers were cut off and --truncated mask leaves none; raise --max-new-tokens"
+            )
+        return mask
+
+    def vote(self, play: Callable[[list[Problem]], list[Episode]], run) -> None:
+        """--noise majority-vote: what `play` answers most often takes the references' place."""
+        args = self.args
+        updates = range(1, args.updates + 1)
+        visited = [
+            p for u in updates for p in self.task.batch(args.seed, u, args.prompts_per_update)
+        ]
+        self.labels = majority_vote(play, self.task, visited, args, run)
+
+    # ---- what is told of episodes ----
+
+    def measure(self, episodes: list[Episode]) -> dict[str, float]:
+        """The task's own measures."""
+        return self.task.measure([(e.problem, self.judged(e)) for e in episodes])
+
+    def evaluate(self, episodes: list[Episode]) -> dict[str, float]:
+        """The measures of held-out episodes as eval/<name>."""
+        metrics = {f"eval/{name}": value for name, value in self.measure(episodes).items()}
+        metrics["eval/response_length"] = sum(e.length for e in episodes) / len(episodes)
+        return metrics
+
+    def show(self, episodes: list[Episode]) -> list[dict]:
+        """The episodes as rows of samples.jsonl."""
+        rows = [self.task.show(e.problem, e.completions) for e in episodes]
+        verdicts = self.grade(episodes).tolist()
+        return [row | {"right": right} for row, right in zip(rows, verdicts, strict=True)]
+
+    def transcripts(self, episodes: list[Episode], batch: Batch) -> list[dict]:
+        """One episode of every prompt, as rows of transcripts.jsonl: what was said, reward and
+        value at the end of each turn, the true outcome, and the grids of every token."""
+        rows = []
+        for i in range(0, len(episodes), self.args.samples_per_prompt):
+            episode, size = episodes[i], len(episodes[i].tokens) - 1
+            ends = turn_ends(batch["mask"][i : i + 1])[0]
+            row = {
+                key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch
+            }
+            row["messages"] = self.task.messages(episode.problem, episode.completions)
+            row["outcome"] = self.measure([episode])
+            text = [self.chat.tokenizer.decode(token) for token in episode.tokens[1:]]
+            row["tokens"] = {"text": text, "chosen": episode.chosen[1:]}
+            for key in ("values", "advantages", "entropy", "rewards"):
+                if key in batch:
+                    row["tokens"][key] = batch[key][i, :size].double().round(decimals=4).tolist()
+            rows.append(row)
+        return rows
