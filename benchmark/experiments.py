@@ -20,8 +20,9 @@ class Experiment:
     """`flags` hold for all runs; those of the method and of the arm come on top, and last those of
     `extra` for a method in an arm. A method's runs are compared with those of the method that
     `against` names for it, by default the first one (None: with none). A `grid` is reported with
-    its arms as columns, VRPO against its rivals, and averages over the noisy arms. `seconds` is
-    what a run took on one thread of a two-core machine."""
+    its arms as columns, VRPO against its rivals, and averages over the noisy arms. `measures` are
+    further columns of the tables, with their titles. `seconds` is what a run took on one thread of
+    a two-core machine."""
 
     about: str
     flags: Flags
@@ -31,6 +32,7 @@ class Experiment:
     extra: dict[tuple[str, str], Flags] = field(default_factory=dict)
     against: dict[str, str] | None = field(default_factory=dict)
     grid: bool = False
+    measures: dict[str, str] = field(default_factory=dict)
     seconds: float = 65.0
 
 
@@ -71,8 +73,12 @@ ARMS: dict[str, Flags] = {
 # The noise-corrected method is told the true rates where the channel has them, and 0.2 each where
 # nobody could know them. Centring on the group cancels the shift and AdamW a constant factor, so it
 # is Dr.GRPO again but for rounding: how far two runs of one method part.
-KNOWN = {"none": (0.0, 0.0), "symmetric": ("noise_rate", "noise_rate"), "persistent": ("noise_rate", "noise_rate"),
-         "asymmetric": ("false_positive_rate", "false_negative_rate")}  # fmt: skip
+KNOWN = {
+    "none": (0.0, 0.0),
+    "symmetric": ("noise_rate", "noise_rate"),
+    "persistent": ("noise_rate", "noise_rate"),
+    "asymmetric": ("false_positive_rate", "false_negative_rate"),
+}
 
 
 def corrected() -> dict[tuple[str, str], Flags]:
@@ -90,16 +96,51 @@ def corrected() -> dict[tuple[str, str], Flags]:
 # every problem comes four times (a label that is always wrong is met again). At the learning rate
 # that `tuning` found best for each of the nine methods.
 SMALL: Flags = {
-    "updates": 20, "prompts_per_update": 24, "epochs": 1, "minibatch_size": 24, "learning_rate": 1e-4, "train_split": "train[:120]",
-    "eval_every": 5, "save_every": 10,
+    "updates": 20, "prompts_per_update": 24, "epochs": 1, "minibatch_size": 24,
+    "learning_rate": 1e-4, "train_split": "train[:120]", "eval_every": 5, "save_every": 10,
 }  # fmt: skip
 SYMMETRIC = {"symmetric 0.2": ARMS["symmetric 0.2"]}
 RATES = (3e-5, 1e-4, 3e-4)
+ASSUMED: Flags = {"assumed_false_positive_rate": 0.2, "assumed_false_negative_rate": 0.2}
 NO_WORDS: Flags = {"lambda_ent": 0.0, "lambda_ppl": 0.0}
+
+
+# SmolLM2-135M as far as two cores go. benchmark/run.py --model and --data say where it and the data
+# lie. These runs and those of `dialogue` were made when the critics had other defaults, given here.
+REAL: Flags = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "bfloat16", "max_prompt_tokens": 160,
+    "train_split": "train[:90%]", "test_split": "train[90%:]", "truncated": "grade", "updates": 8,
+    "prompts_per_update": 8, "samples_per_prompt": 4, "epochs": 1, "minibatch_size": 16,
+    "micro_batch_size": 8, "rollout_batch_size": 64, "learning_rate": 2e-5, "eval_every": 4,
+    "eval_size": 64, "save_every": 4,
+}  # fmt: skip
+WORDS = '{question}\nEnd with "The answer is" and the number.'
+LETTER = "{question}\nAnswer with one letter."
+SYSTEM = "You answer questions of science. Your answer is the right option, such as: B) water"
+
+
+def with_critics(critic: Flags, vrpo: Flags, vrpo_script: str = "vrpo_math") -> dict[str, Method]:
+    """PPO, GRPO and VRPO with the critic's earlier settings and those that are given."""
+    critic = {"critic_lambda": 1.0} | critic
+    vrpo = critic | {"beta": 0.01, "lambda_ent": 0.05, "lambda_ppl": 0.05} | vrpo
+    return {
+        "PPO": Method("ppo_baseline", critic),
+        "GRPO": Method(GRPO),
+        "VRPO": Method(vrpo_script, vrpo),
+    }
 
 
 def vrpo(variants: dict[str, Flags]) -> dict[str, Method]:
     return {name: Method("vrpo_math", flags) for name, flags in variants.items()}
+
+
+def both(word: str, flag: str, *values: float) -> dict[str, Method]:
+    """PPO and VRPO with each value of a flag."""
+    return {
+        f"{name}, {word} {value:g}": Method(METHODS[name].script, {flag: value})
+        for name in ("PPO", "VRPO")
+        for value in values
+    }
 
 
 def methods(*names: str) -> dict[str, Method]:
@@ -108,16 +149,23 @@ def methods(*names: str) -> dict[str, Method]:
 
 EXPERIMENTS = {
     "tuning": Experiment(
-        "three learning rates of the policy for every method, on seeds and held-out problems of their own",
+        "three learning rates of the policy for every method, on seeds and held-out problems of "
+        "their own",
         SMALL | SYMMETRIC["symmetric 0.2"] | {"test_split": "train[3584:]"},
         METHODS,
         {f"learning rate {rate:g}": {"learning_rate": rate} for rate in RATES},
         (101, 102),
-        {("corrected GRPO", f"learning rate {rate:g}"): {"assumed_false_positive_rate": 0.2, "assumed_false_negative_rate": 0.2}
-         for rate in RATES},
+        {("corrected GRPO", f"learning rate {rate:g}"): ASSUMED for rate in RATES},
         against=None,
     ),
-    "noise_grid": Experiment("nine methods under ten rewards", SMALL, METHODS, ARMS, extra=corrected(), grid=True),
+    "noise_grid": Experiment(
+        "nine methods under ten rewards",
+        SMALL,
+        METHODS,
+        ARMS,
+        extra=corrected(),
+        grid=True,
+    ),
     "long_runs": Experiment(
         "the scripts' own defaults: 10,240 episodes, two epochs, all training problems",
         {},
@@ -134,30 +182,35 @@ EXPERIMENTS = {
     "token_ratio": Experiment(
         "share of the tokens under the semantic losses, at two noise rates",
         SMALL,
-        vrpo({f"{ratio:.0%} of the tokens": {"token_ratio": ratio} for ratio in (0.8, 0.2, 0.5, 1.0)}) | methods("PPO"),
+        vrpo({f"{x:.0%} of the tokens": {"token_ratio": x} for x in (0.8, 0.2, 0.5, 1.0)})
+        | methods("PPO"),
         {name: ARMS[name] for name in ("symmetric 0.2", "symmetric 0.3")},
     ),
     "beta_sweep": Experiment(
         "the price of the code",
         SMALL,
-        vrpo({f"beta {beta:g}": {"beta": beta} for beta in (0.003, 0.0, 0.0003, 0.03, 0.3)}) | methods("PPO"),
+        vrpo({f"beta {x:g}": {"beta": x} for x in (0.003, 0.0, 0.0003, 0.03, 0.3)})
+        | methods("PPO"),
         SYMMETRIC,
     ),
     "semantic_head": Experiment(
         "frozen, learned or no LM head, all tokens, and the paper's weights",
         SMALL,
-        vrpo({
-            "frozen": {},
-            "learned": {"lm_head": "learned"},
-            "none": NO_WORDS,
-            "all tokens": {"token_ratio": 1.0},
-            "the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5},
-        })
+        vrpo(
+            {
+                "frozen": {},
+                "learned": {"lm_head": "learned"},
+                "none": NO_WORDS,
+                "all tokens": {"token_ratio": 1.0},
+                "the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5},
+            }
+        )
         | methods("PPO"),
         SYMMETRIC,
     ),
     "advantage_variance": Experiment(
-        "the share of the advantages' variance that the flips make (objective/advantage_noise; the critic's own errors count as no noise)",
+        "the share of the advantages' variance that the flips make (objective/advantage_noise; the "
+        "critic's own errors count as no noise)",
         SMALL,
         methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++", "PPO")
         | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
@@ -167,33 +220,31 @@ EXPERIMENTS = {
     "gae_lambda": Experiment(
         "how far the critic's word replaces the noisy reward in the advantages",
         SMALL,
-        {
-            f"{name}, lambda {value:g}": Method(METHODS[name].script, {"gae_lambda": value})
-            for name in ("PPO", "VRPO")
-            for value in (0.95, 0.5, 0.9, 1.0)
-        },
+        both("lambda", "gae_lambda", 0.95, 0.5, 0.9, 1.0),
         SYMMETRIC,
         against={f"VRPO, lambda {value:g}": "VRPO, lambda 0.95" for value in (0.5, 0.9, 1.0)}
         | {"VRPO, lambda 0.95": "PPO, lambda 0.95"},
     ),
     "length_bias": Experiment(
-        "which part of VRPO lets a reward for long answers be exploited, and whether the critic's word does it",
+        "which part of VRPO lets a reward for long answers be exploited, and whether the critic's "
+        "word does it",
         SMALL,
         methods("PPO", "VRPO")
         | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
-        | {f"{name}, lambda 1": Method(METHODS[name].script, {"gae_lambda": 1.0}) for name in ("PPO", "VRPO")},
+        | both("lambda", "gae_lambda", 1.0),
         {"length": ARMS["length"]},
         against={"VRPO, lambda 1": "VRPO"},
     ),
     "critic_warmup": Experiment(
         "first updates that train the critic alone, within the same number of episodes",
         SMALL,
-        {f"{name}, warm-up {n}": Method(METHODS[name].script, {"critic_warmup": n}) for name in ("PPO", "VRPO") for n in (0, 5)},
+        both("warm-up", "critic_warmup", 0, 5),
         SYMMETRIC,
         against={"VRPO, warm-up 5": "VRPO, warm-up 0"},
     ),
     "failures": Experiment(
-        "runs that are bound to fail, and two sound ones, for utils/report/diagnose.py (--keep tests/recorded)",
+        "runs that are bound to fail, and two sound ones, for utils/report/diagnose.py "
+        "(--keep tests/recorded)",
         SMALL | SYMMETRIC["symmetric 0.2"],
         {
             "sound PPO": Method("ppo_baseline"),
@@ -201,9 +252,13 @@ EXPERIMENTS = {
             "beta 10": Method("vrpo_math", {"beta": 10.0, "beta_warmup": 1}),
             "token ratio 0.01": Method("vrpo_math", {"token_ratio": 0.01}),
             "noise 0.45": Method("ppo_baseline", {"noise_rate": 0.45}),
-            "length-biased reward": Method("ppo_baseline", {"noise": "length", "noise_rate": 1.0, "learning_rate": 3e-4}),
+            "length-biased reward": Method(
+                "ppo_baseline", {"noise": "length", "noise_rate": 1.0, "learning_rate": 3e-4}
+            ),
             "policy steps too large": Method("ppo_baseline", {"learning_rate": 3e-3}),
-            "critic steps too large": Method("ppo_baseline", {"critic_learning_rate": 0.1, "head_learning_rate": 1.0}),
+            "critic steps too large": Method(
+                "ppo_baseline", {"critic_learning_rate": 0.1, "head_learning_rate": 1.0}
+            ),
             "answers cut off": Method("ppo_baseline", {"max_new_tokens": 16}),
             "nothing to compare": Method(GRPO, {"temperature": 0.1}),
         },
@@ -227,4 +282,44 @@ EXPERIMENTS = {
         (1, 2, 3),
         seconds=400.0,
     ),
-}  # fmt: skip
+    # --keep benchmark/results/dialogue; reward-model.png there: python -m utils.plot of these runs
+    "dialogue": Experiment(
+        "dialogues in longer runs: under the reward model, without KL, under the truth and under a "
+        "coin",
+        {"task": "dialogue", "micro_batch_size": 32},
+        with_critics({"critic_learning_rate": 5e-4}, {}, "vrpo_dialogue"),
+        {
+            "reward model": {},
+            "no KL": {"kl_coef": 0.0},
+            "truth": {"reward_model": None},
+            "coin": {"reward_model": None, "noise": "random"},
+        },
+        (1, 2, 3),
+        measures={
+            "eval/tcr": "TCR",
+            "eval/acr": "ACR",
+            "eval/gcr": "GCR",
+            "eval/impatient": "broken off by the user",
+        },
+        seconds=600.0,
+    ),
+    "word_problems": Experiment(
+        "SmolLM2-135M on ASDiv and MAWPS (--data: a folder with train.jsonl, columns question and "
+        "answer)",
+        REAL | {"dataset": "asdiv_mawps", "max_new_tokens": 48, "prompt_template": WORDS},
+        with_critics({"critic_learning_rate": 5e-5}, {"beta_warmup": 3}),
+        {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
+        (1,),
+        seconds=700.0,
+    ),
+    "arc_easy": Experiment(
+        "SmolLM2-135M on ARC-Easy",
+        REAL
+        | {"task": "science", "dataset": "allenai/ai2_arc", "dataset_config": "ARC-Easy"}
+        | {"max_new_tokens": 16, "prompt_template": LETTER, "system_prompt": SYSTEM},
+        with_critics({"critic_learning_rate": 5e-5}, {"beta_warmup": 3}),
+        {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
+        (1,),
+        seconds=500.0,
+    ),
+}

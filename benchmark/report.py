@@ -1,17 +1,17 @@
 """Tables and figures of the experiments, from the committed CSVs alone.
 
-    python benchmark/report.py                               # benchmark/results/<experiment>*.md and .png, shorter tables in the README
+    python benchmark/report.py                # benchmark/results/<experiment>*.md and .png
     python benchmark/report.py noise_grid
 
-An experiment's shorter tables go between <!-- name --> and <!-- /name --> in the README, if it has
-these marks. A run's score is its clean held-out accuracy (for dialogues the mean of TCR, ACR and
-GCR) after the last update, or at its peak. Over five seeds or more: the inter-quartile mean (the
-mean of the middle half, of five the middle three; arXiv 2108.13264) with a 95 % bootstrap interval;
-over fewer: mean and range. Two methods are compared by the differences between their runs of the
-same seed, with Student's t, since bootstrap intervals are too narrow for five seeds; and by the
-probability of improvement, the share of pairs of runs that the first one wins, resampling seeds for
-all arms together, since they share prompts and draws (with five of them that interval too is rather
-too narrow)."""
+An experiment's shorter tables go between <!-- name --> and <!-- /name -->, in README.md and in
+every page of docs/ that has these marks. A run's score is its clean held-out accuracy (for
+dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five seeds or
+more: the inter-quartile mean (the mean of the middle half, of five the middle three; arXiv
+2108.13264) with a 95 % bootstrap interval; over fewer: mean and range. Two methods are compared by
+the differences between their runs of the same seed, with Student's t, since bootstrap intervals are
+too narrow for five seeds; and by the probability of improvement, the share of pairs of runs that
+the first one wins, resampling seeds for all arms together, since they share prompts and draws (with
+five of them that interval too is rather too narrow)."""
 
 import re
 import sys
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated
 
 import numpy as np
@@ -27,18 +28,17 @@ import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from experiments import ARMS, EXPERIMENTS, GRPO, METHODS  # noqa: E402
-from run import KEY, RESULTS, jobs_of, results  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
+from benchmark.experiments import ARMS, EXPERIMENTS  # noqa: E402
+from benchmark.jobs import RESULTS  # noqa: E402
+from benchmark.run import jobs_of, keys, results  # noqa: E402
 from utils.errors import stop  # noqa: E402
+from utils.report import style  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
 
 RIVALS = ("PPO", "GRPO")  # whom VRPO is compared with in every arm
-TWINS = (
-    "corrected GRPO",
-    "Dr.GRPO",
-)  # the same method but for rounding: what separates these two separates nothing
+# the same method but for rounding: what separates these two separates nothing
+TWINS = ("corrected GRPO", "Dr.GRPO")
 CONTROLS = ("no noise", "coin")  # arms that no average is taken over
 ENOUGH = 5  # seeds for a bootstrap interval
 RATES = {
@@ -55,9 +55,18 @@ TITLES = {
     "vrpo/ib_kl": "nats of the code",
     "eval/turns": "turns",
 }
+# Their curves lie on top of one another, or are of one seed: tables and differences.png say more.
+# Those of `dialogue` are in its folder.
+NO_CURVES = (
+    "bottleneck_depth", "token_ratio", "beta_sweep", "semantic_head", "advantage_variance",
+    "failures", "dialogue", "word_problems", "arc_easy",
+)  # fmt: skip
 
 
-# ==== Statistics ======================================================================================================
+# ==== Statistics ==================================================================================
+
+Numbers = tuple[float, float, float]  # middle, and the ends of its interval or range
+NAN = float("nan")
 
 
 def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -65,53 +74,43 @@ def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(x, 0.25, axis=axis)
 
 
-def resampled(
-    data: np.ndarray, statistic: Callable, vectorized: bool
-) -> tuple[float, float, float]:
+def resampled(data: np.ndarray, statistic: Callable) -> Numbers:
     """`statistic` of the data and its 95 % percentile interval, resampling the data."""
-    options = {
-        "n_resamples": 2000,
-        "method": "percentile",
-        "vectorized": vectorized,
-        "rng": np.random.default_rng(0),
-    }
-    low, high = stats.bootstrap([data], statistic, **options).confidence_interval
-    return float(statistic(data)), float(low), float(high)
+    options = {"n_resamples": 2000, "method": "percentile", "rng": np.random.default_rng(0)}
+    found = stats.bootstrap([data], statistic, vectorized=True, **options)
+    return float(statistic(data)), *map(float, found.confidence_interval)
 
 
-def summary(x: np.ndarray) -> tuple[float, float, float]:
+def summary(x: np.ndarray) -> Numbers:
     """Inter-quartile mean and bootstrap interval of five runs or more, mean and range of fewer, NaN
     for the range of one."""
     if len(x) >= ENOUGH:
-        return resampled(x, iqm, vectorized=True)
-    return (
-        (float(x.mean()), float(x.min()), float(x.max()))
-        if len(x) > 1
-        else (float(x[0]), float("nan"), float("nan"))
-    )
+        return resampled(x, iqm)
+    return float(x.mean()), *((float(x.min()), float(x.max())) if len(x) > 1 else (NAN, NAN))
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+def improvement(x: np.ndarray, y: np.ndarray) -> Numbers:
     """P(X > Y) + P(X = Y) / 2 over the pairs of runs of an arm, averaged over arms, and its
     interval (NaN for fewer than five seeds); x and y are (arms, seeds)."""
 
-    def probability(seeds: np.ndarray) -> float:
-        x_, y_ = (z[:, seeds.astype(int)] for z in (x, y))
-        return 0.5 + 0.5 * np.sign(x_[:, :, None] - y_[:, None, :]).mean()
+    def probability(seeds: np.ndarray, axis: int = -1) -> np.ndarray:
+        x_, y_ = (z[:, seeds.astype(int)] for z in (x, y))  # (arms, ..., seeds)
+        return 0.5 + 0.5 * np.sign(x_[..., :, None] - y_[..., None, :]).mean((0, -2, -1))
 
     seeds = np.arange(x.shape[1])
     if len(seeds) < ENOUGH:
-        return float(probability(seeds)), float("nan"), float("nan")
-    return resampled(seeds, probability, vectorized=False)
+        return float(probability(seeds)), NAN, NAN
+    return resampled(seeds, probability)
 
 
-def student(x: np.ndarray) -> tuple[float, float, float]:
+def student(x: np.ndarray) -> Numbers:
     """Mean and its 95 % interval by Student's t; NaN for fewer than three, of which it would be
     wider than the measure's range."""
+    mean = float(x.mean()) if len(x) else NAN
     if len(x) < 3:
-        return (float(x.mean()) if len(x) else float("nan")), float("nan"), float("nan")
+        return mean, NAN, NAN
     reach = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
-    return float(x.mean()), float(x.mean() - reach), float(x.mean() + reach)
+    return mean, float(mean - reach), float(mean + reach)
 
 
 def verdict(low: float, high: float) -> str:
@@ -120,7 +119,7 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
-# ==== Data ============================================================================================================
+# ==== Data ========================================================================================
 
 
 def load(name: str) -> pd.DataFrame:
@@ -130,7 +129,7 @@ def load(name: str) -> pd.DataFrame:
     if frame.empty:
         return frame
     wanted = {job.key for job in jobs_of(name, tuple(sorted(set(frame["seed"]))))}
-    frame = frame[[key in wanted for key in frame[KEY].itertuples(index=False, name=None)]]
+    frame = frame[[key in wanted for key in keys(frame)]]
     average = frame["eval/average"] if "eval/average" in frame else pd.Series(np.nan, frame.index)
     return frame.assign(score=average.fillna(frame.get("eval/accuracy", np.nan)))
 
@@ -140,27 +139,50 @@ def by_run(frame: pd.DataFrame) -> pd.DataFrame:
     between evaluations."""
     groups = frame.sort_values("update").groupby(["arm", "method", "seed"], sort=False)
     runs = groups.tail(1).set_index(["arm", "method", "seed"])
-    runs = runs.assign(
-        start=groups["score"].first(), last=groups["score"].last(), peak=groups["score"].max()
-    )
-    return runs.sort_index()
+    score = groups["score"]
+    return runs.assign(start=score.first(), last=score.last(), peak=score.max()).sort_index()
 
 
 def ordered(name: str, runs: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Arms and methods of the experiment that have runs, in its order."""
     e = EXPERIMENTS[name]
-    present = runs.index.to_frame()
-    return [a for a in e.arms if a in set(present["arm"])], [
-        m for m in e.methods if m in set(present["method"])
-    ]
+    arms, methods = (set(runs.index.get_level_values(level)) for level in ("arm", "method"))
+    return [arm for arm in e.arms if arm in arms], [m for m in e.methods if m in methods]
 
 
-def cell(numbers: tuple[float, float, float], signed: bool = False) -> str:
+def most_seeds(runs: pd.DataFrame) -> int:
+    return int(runs.groupby(["arm", "method"]).size().max())
+
+
+def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> pd.Series:
+    """By seed; empty where there are none."""
+    try:
+        return runs[key].loc[arm, method].dropna()
+    except KeyError:
+        return pd.Series(dtype=float)
+
+
+def difference(runs: pd.DataFrame, arm: str, method: str, rival: str) -> np.ndarray:
+    """Of the last scores, for the seeds that both have."""
+    return (values(runs, arm, method) - values(runs, arm, rival)).dropna().to_numpy()
+
+
+def other_of(name: str, method: str) -> str | None:
+    """The method that a method of an experiment is compared with; None for those that others are
+    compared with."""
+    e = EXPERIMENTS[name]
+    other = None if e.against is None else e.against.get(method, next(iter(e.methods)))
+    return None if other == method else other
+
+
+# ==== Tables ======================================================================================
+
+
+def cell(numbers: Numbers, signed: bool = False) -> str:
     if numbers[0] != numbers[0]:
         return ""
-    middle, low, high = (
-        f"{x:+.3f}" if signed else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}" for x in numbers
-    )
+    forms = ["+.3f" if signed else ".3f" if abs(x) < 10 else ".1f" for x in numbers]
+    middle, low, high = map(format, numbers, forms)
     return middle if numbers[1] != numbers[1] else f"{middle} ({low} to {high})"
 
 
@@ -175,35 +197,15 @@ def cell_of(x: np.ndarray, most: int, brief: bool = False) -> str:
 
 def kind(seeds: int, brief: bool = False) -> str:
     """What `summary` gives for so many seeds."""
-    measure, spread = (
-        ("inter-quartile mean", "its 95 % bootstrap interval")
-        if seeds >= ENOUGH
-        else ("mean", "range")
-    )
+    measure, spread = "mean", "range"
+    if seeds >= ENOUGH:
+        measure, spread = "inter-quartile mean", "its 95 % bootstrap interval"
     return f"{measure if brief else f'{measure} and {spread}'}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return (
-        "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
-    )
-
-
-def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> pd.Series:
-    """By seed; empty where there are none."""
-    if (arm, method) not in runs.index.droplevel("seed"):
-        return pd.Series(dtype=float)
-    return runs.loc[(arm, method)][key].dropna()
-
-
-def difference(
-    runs: pd.DataFrame, arm: str, method: str, rival: str, key: str = "last"
-) -> np.ndarray:
-    """Of the seeds that both have."""
-    return (values(runs, arm, method, key) - values(runs, arm, rival, key)).dropna().to_numpy()
-
-
-# ==== Tables ==========================================================================================================
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n"
 
 
 def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
@@ -212,44 +214,36 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
     arms, methods = ordered(name, runs)
     runs = runs.assign(lost=runs["peak"] - runs["last"])
     planned = {(job.arm, job.method, job.seed) for job in jobs_of(name)}
-    made = len(planned & set(runs.index))
+    made, most = len(planned & set(runs.index)), most_seeds(runs)
     parts = [
         f"All {made} runs." if made == len(planned) else f"{made} of {len(planned)} runs so far."
     ]
-    most = int(runs.groupby(["arm", "method"]).size().max())
-    for key, title in [("last", "Last score"), ("lost", "Lost since the peak")][
-        : 1 if brief else 2
-    ]:
-        rows = []
-        for method in methods:
-            rows.append(
-                [
-                    method,
-                    *(
-                        cell_of(values(runs, arm, method, key).to_numpy(), most, brief)
-                        for arm in arms
-                    ),
-                ]
-            )
-        parts.append(f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *arms], rows))
-    pairs = [
-        (a, b) for a, b in (*(("VRPO", rival) for rival in RIVALS), TWINS) if {a, b} <= set(methods)
-    ]
-    if pairs:
+
+    def scores(key: str, title: str) -> str:
+        cells = {
+            m: [cell_of(values(runs, arm, m, key).to_numpy(), most, brief) for arm in arms]
+            for m in methods
+        }
+        rows = [[method, *cells[method]] for method in methods]
+        return f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *arms], rows)
+
+    parts.append(scores("last", "Last score"))
+    if not brief:
+        parts.append(scores("lost", "Lost since the peak"))
+    pairs = [*(("VRPO", rival) for rival in RIVALS), TWINS]
+    if pairs := [pair for pair in pairs if set(pair) <= set(methods)]:
         rows = []
         for arm in arms:
             numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
-            rows.append(
-                [arm, *(word for x in numbers for word in (cell(x, signed=True), verdict(*x[1:])))]
-            )
+            words = [(cell(x, signed=True), verdict(*x[1:])) for x in numbers]
+            rows.append([arm, *(word for pair in words for word in pair)])
         header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
         warning = "one comparison in twenty comes out as better or worse by luck"
         if TWINS in pairs:
             warning += "; the last pair is one method twice"
-        about = f"Mean differences of runs of the same seed, with 95 % intervals by Student's t ({warning})"
-        parts.append(f"{about}:\n\n" + markdown(header, rows))
-    parts.append(told_apart(runs, arms, methods))
-    return "\n\n".join([*parts, overall(name, runs, methods)])
+        about = "Mean differences of runs of the same seed, with 95 % intervals by Student's t"
+        parts.append(f"{about} ({warning}):\n\n" + markdown(header, rows))
+    return "\n\n".join([*parts, told_apart(runs, arms, methods), overall(name, runs, methods)])
 
 
 def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
@@ -258,11 +252,12 @@ def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
     pairs = list(combinations([method for method in methods if method != TWINS[0]], 2))
     count = {}
     for arm in arms:
-        intervals = [student(difference(runs, arm, *pair))[1:] for pair in pairs]
-        count[arm] = sum(verdict(*x) in ("better", "worse") for x in intervals)
+        words = [verdict(*student(difference(runs, arm, *pair))[1:]) for pair in pairs]
+        count[arm] = sum(word in ("better", "worse") for word in words)
     words = ", ".join(f"{arm} {n}" for arm, n in count.items())
-    about = f"Of the {len(pairs)} pairs of different methods in an arm, the intervals of so many leave zero (by luck alone about {len(pairs) / 20:.0f} would)"
-    return f"{about}: {words}.\n"
+    about = f"Of the {len(pairs)} pairs of different methods in an arm, the intervals of so many"
+    luck = f"by luck alone about {len(pairs) / 20:.0f} would"
+    return f"{about} leave zero ({luck}): {words}.\n"
 
 
 def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
@@ -273,349 +268,260 @@ def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
     cells = [(arm, method) for arm in arms for method in methods]
     if not set(cells) <= set(table.columns) or len(table := table[cells].dropna()) < 2:
         return f"{title}: not yet, as no two seeds are complete.\n"
-    scores = {
-        method: np.stack([table[arm, method] for arm in arms]) for method in methods
-    }  # (arms, seeds)
-    rivals = [rival for rival in RIVALS if rival in scores]
-    rows = []
+    scores = {m: np.stack([table[arm, m] for arm in arms]) for m in methods}  # (arms, seeds)
+    rivals, rows = [rival for rival in RIVALS if rival in scores], []
     for method, x in scores.items():
         row = [method, cell(student(x.mean(0)))]
-        for rival in rivals:
-            against = student((x - scores[rival]).mean(0)), improvement(x, scores[rival])
-            row += (
-                [cell(against[0], signed=True), cell(against[1])] if method != rival else ["", ""]
-            )
+        for y in (None if rival == method else scores[rival] for rival in rivals):
+            less = "" if y is None else cell(student((x - y).mean(0)), signed=True)
+            row += [less, "" if y is None else cell(improvement(x, y))]
         rows.append(row)
     words = [(f"− {rival}", f"probability of improvement over {rival}") for rival in rivals]
     header = ["method", "mean of the last scores", *(word for pair in words for word in pair)]
-    about = "intervals of means and differences by Student's t over seeds, of probabilities by bootstrap over seeds"
+    about = "intervals of means and differences by Student's t over seeds, of probabilities by "
+    about += "bootstrap over seeds"
     return f"{title}, {len(table)} seeds ({about}):\n\n" + markdown(header, rows)
-
-
-def other_of(name: str, method: str) -> str | None:
-    """The method that a method of an experiment is compared with; None for those that others are
-    compared with."""
-    e = EXPERIMENTS[name]
-    other = None if e.against is None else e.against.get(method, next(iter(e.methods)))
-    return None if other == method else other
 
 
 def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
     """A row for each arm and method: last score, its difference from another method, peak (not if
     `brief`), and the measures that some run has (their middle alone if `brief`)."""
-    arms, methods = ordered(name, runs)
-    keys = [
-        key
-        for key in TITLES
-        if key in runs and runs[key].notna().any() and not (brief and key == "peak")
-    ]
-    most = int(runs.groupby(["arm", "method"]).size().max())
+    (arms, methods), most = ordered(name, runs), most_seeds(runs)
+    titles = TITLES | EXPERIMENTS[name].measures
+    some = [key for key in titles if key in runs and runs[key].notna().any()]
+    some = [key for key in some if not (brief and key == "peak")]
+    header = ["arm", "method", "last", "difference (95 %, Student's t)", *map(titles.get, some[1:])]
     rows = []
     for arm in arms:
         for method in methods:
-            cells = [
-                cell_of(values(runs, arm, method, key).to_numpy(), most, brief and key != "last")
-                for key in keys
-            ]
-            if not cells[0]:
+            found = {key: values(runs, arm, method, key).to_numpy() for key in some}
+            if not len(found["last"]):
                 continue
-            other = other_of(name, method)
-            number = (
-                cell(student(difference(runs, arm, method, other)), signed=True) if other else ""
-            )
-            rows.append(
-                [arm, method, cells[0], f"{number} from {other}" if number else "", *cells[1:]]
-            )
-    header = [
-        "arm",
-        "method",
-        TITLES["last"],
-        "difference (95 %, Student's t)",
-        *(TITLES[key] for key in keys[1:]),
-    ]
+            last, *cells = (cell_of(x, most, brief and key != "last") for key, x in found.items())
+            less, other = "", other_of(name, method)
+            if other and (number := cell(student(difference(runs, arm, method, other)), True)):
+                less = f"{number} from {other}"
+            rows.append([arm, method, last, less, *cells])
     unused = {0} if brief and len(arms) == 1 else set()
     unused |= {3} if EXPERIMENTS[name].against is None else set()
-    header, *rows = (
-        [word for i, word in enumerate(row) if i not in unused] for row in [header, *rows]
-    )
+    header, *rows = [[x for i, x in enumerate(row) if i not in unused] for row in [header, *rows]]
     about = kind(most)
     if brief:
-        about += f"; of the measures that follow, the {kind(most, brief=True).split(',')[0]} alone"
+        about += f"; of the measures that follow, the {kind(most, True).split(',')[0]} alone"
     return f"Cells: {about}.\n\n" + markdown(header, rows)
 
 
 def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
-    """All tables of an experiment, or those for the README."""
-    return (grid_tables if is_grid(name) else plain_table)(name, runs, brief)
+    """All tables of an experiment, or those for the pages."""
+    return (grid_tables if EXPERIMENTS[name].grid else plain_table)(name, runs, brief)
 
 
-def is_grid(name: str) -> bool:
-    return EXPERIMENTS[name].grid
+# ==== Figures =====================================================================================
+
+WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
+WORDS = {
+    "false positives": "mostly false positives",
+    "false negatives": "mostly false negatives",
+    "length": "long answers rewarded",
+}
 
 
-# ==== Figures =========================================================================================================
+def in_words(arm: str) -> str:
+    """An arm as a title."""
+    arm = re.sub(r"^(symmetric|persistent) 0\.(\d)$", r"\g<2>0 % \1 flips", arm)
+    return WORDS.get(arm, arm)
 
 
-def colour(methods: list[str], method: str) -> str:
-    """A method has its own in all figures of the methods, a variant its place's."""
-    names = list(METHODS) if set(methods) <= set(METHODS) else methods
-    return f"C{names.index(method)}"
+def measure(frame: pd.DataFrame) -> str:
+    average = "eval/average" in frame and frame["eval/average"].notna().any()
+    return "mean of TCR, ACR and GCR" if average else "clean held-out accuracy"
 
 
-def spread(
-    axis,
-    x,
-    samples: list[np.ndarray],
-    color: str,
-    label: str | None = None,
-    band: bool = True,
-    **style,
-) -> None:
-    """Summaries of the samples, with a band of their intervals or ranges."""
-    middle, low, high = (
-        np.array(column) for column in zip(*(summary(x) for x in samples), strict=True)
-    )
-    axis.plot(x, middle, color=color, label=label, **{"marker": "o", "markersize": 3} | style)
+def looks(name: str, methods: list[str]) -> dict[str, dict]:
+    scripts = {method: EXPERIMENTS[name].methods[method].script for method in methods}
+    return style.looks({m: style.SCRIPTS.get(script, script) for m, script in scripts.items()})
+
+
+def spread(axis, points: list[tuple[float, np.ndarray]], look: dict, band: bool = True) -> None:
+    """Summaries of the samples at each x, with a band of their intervals or ranges."""
+    x, samples = zip(*points, strict=True)
+    middle, low, high = zip(*map(summary, samples), strict=True)
+    axis.plot(x, middle, **look)
     if band:
-        axis.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.1, lw=0)
 
 
-def look(name: str, method: str) -> dict[str, str]:
-    """Methods without a critic are dashed, with squares."""
-    return {"ls": "--", "marker": "s"} if EXPERIMENTS[name].methods[method].script == GRPO else {}
-
-
-def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame, out: Path) -> None:
+def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame):
     """Score by episodes, a panel for each arm; bands, where there are many methods, for VRPO and
     its rivals alone."""
     arms, methods = ordered(name, runs)
-    columns = min(4, len(arms))
-    plot, axes = panels(-(-len(arms) // columns), columns, sharey=True)
-    for axis, arm in zip(axes, arms, strict=False):
-        for method in methods:
-            band = len(methods) <= 6 or method in ("VRPO", *RIVALS)
+    size = (3.4, 3.0) if len(arms) > 1 else (5, 3.4)
+    figure, axes = style.panels(len(arms), 5, size, sharey=True)
+    for axis, arm in zip(axes, arms, strict=True):
+        for method, look in looks(name, methods).items():
             some = frame[(frame["arm"] == arm) & (frame["method"] == method)]
-            found = [
-                (episodes, group["score"].dropna().to_numpy())
-                for episodes, group in some.groupby("episodes")
-            ]
-            if found:
-                x, samples = zip(*found, strict=True)
-                spread(
-                    axis,
-                    x,
-                    list(samples),
-                    colour(methods, method),
-                    method,
-                    band,
-                    **look(name, method),
-                )
-        axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
-        axis.set_title(arm, fontsize=10)
-        axis.set_xlabel("episodes", fontsize=8)
-    for axis in axes[::columns]:
-        axis.set_ylabel("score; dotted: without training", fontsize=8)
-    plot.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=5,
-        fontsize=8,
-        frameon=False,
-    )
-    save(plot, axes[len(arms) :], out)
+            points = [(at, x["score"].dropna().to_numpy()) for at, x in some.groupby("episodes")]
+            if points:
+                band = len(methods) <= 6 or method in ("VRPO", *RIVALS)
+                spread(axis, points, look | {"label": method}, band)
+        axis.axhline(runs["start"].mean(), **WITHOUT)
+        first = axis.get_subplotspec().is_first_col()
+        style.name(axis, in_words(arm), "episodes", measure(frame) if first else "")
+    style.legend(figure, axes)
+    return figure
 
 
-def by_rate(name: str, runs: pd.DataFrame, out: Path) -> None:
+def by_rate(name: str, runs: pd.DataFrame):
     """Last score by rate of symmetric flips, a panel for each method, with the others in grey
     behind it."""
     arms, methods = ordered(name, runs)
-    arms = [arm for arm in arms if arm in RATES]
-    plot, axes = panels(-(-len(methods) // 3), min(3, len(methods)), size=(3.2, 2.3), sharey=True)
-    for axis, method in zip(axes, methods, strict=False):
-        for other in [*(m for m in methods if m != method), method]:
-            found = [
-                (RATES[arm], x) for arm in arms if len(x := values(runs, arm, other).to_numpy())
-            ]
-            if not found:
-                continue
-            x, samples = zip(*found, strict=True)
-            if other == method:
-                spread(axis, x, list(samples), colour(methods, method), **look(name, method))
-            else:
-                axis.plot(x, [summary(sample)[0] for sample in samples], color="0.8", lw=1)
-        axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1)
-        axis.set_title(method, fontsize=10)
-        axis.set_xlabel("flip rate", fontsize=8)
-    axes[0].set_ylabel("last score; dotted: without training", fontsize=8)
-    save(plot, axes[len(methods) :], out)
+    points = {
+        m: [(RATES[a], x) for a in arms if a in RATES and len(x := values(runs, a, m).to_numpy())]
+        for m in methods
+    }
+    points = {method: found for method, found in points.items() if found}
+    figure, axes = style.panels(len(points), 3, (3.2, 2.4), sharey=True)
+    grey = {"color": "0.8", "lw": 1, "label": "the other methods"}
+    for axis, method in zip(axes, points, strict=True):
+        for other in (m for m in points if m != method):
+            spread(axis, points[other], grey, band=False)
+        spread(axis, points[method], looks(name, methods)[method])
+        axis.axhline(runs["start"].mean(), **WITHOUT)
+        first = axis.get_subplotspec().is_first_col()
+        style.name(axis, method, "share of flipped rewards", measure(runs) if first else "")
+    style.legend(figure, axes)
+    return figure
 
 
-def by_arm(name: str, runs: pd.DataFrame, out: Path) -> None:
+def by_arm(name: str, runs: pd.DataFrame):
     """Last score of every method in every arm, with intervals."""
     arms, methods = ordered(name, runs)
-    plot, (axis,) = panels(1, 1, size=(11, 4.5))
-    for i, method in enumerate(methods):
-        found = [
-            (n, x) for n, arm in enumerate(arms) if len(x := values(runs, arm, method).to_numpy())
-        ]
-        x, samples = zip(*found, strict=True)
-        middle, low, high = (
-            np.array(column) for column in zip(*map(summary, samples), strict=True)
-        )
+    figure, (axis,) = style.panels(1, 1, (11, 4.5), "y")
+    for i, (method, look) in enumerate(looks(name, methods).items()):
         shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        found = {n: values(runs, arm, method).to_numpy() for n, arm in enumerate(arms)}
+        points = {n + shift: summary(x) for n, x in found.items() if len(x)}
+        middle, low, high = np.array(list(points.values())).T
         reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
-        axis.errorbar(
-            np.array(x) + shift,
-            middle,
-            reach,
-            color=colour(methods, method),
-            label=method,
-            **{"marker": "o"} | look(name, method) | {"ls": ""},
-            markersize=4,
-            lw=1.2,
-        )
-    axis.axhline(runs["start"].mean(), color="0.3", ls=":", lw=1, label="without training")
+        look = look | {"ls": "", "label": method, "lw": 1.2}
+        axis.errorbar(list(points), middle, reach, **look)
+    axis.axhline(runs["start"].mean(), **WITHOUT)
     for n in range(1, len(arms)):
         axis.axvline(n - 0.5, color="0.9", lw=0.8)
-    axis.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms])
-    most = int(runs.groupby(["arm", "method"]).size().max())
-    axis.set_ylabel(f"last score ({kind(most)})", fontsize=8)
-    axis.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
-    save(plot, [], out)
+    axis.set_xticks(range(len(arms)), [fill(in_words(arm), 11) for arm in arms])
+    style.name(axis, kind(most_seeds(runs)), y=measure(runs))
+    style.legend(figure, [axis])
+    return figure
 
 
-def differences(all_runs: dict[str, pd.DataFrame], out: Path) -> None:
+def differences(all_runs: dict[str, pd.DataFrame]):
     """Last score less that of the method compared with, a panel for each experiment but the grid:
-    every seed, mean and t interval."""
-    plot, axes = panels(-(-len(all_runs) // 2), 2, size=(6.2, 2.5))
-    for axis, (name, runs) in zip(axes, all_runs.items(), strict=False):
+    every seed, mean and t interval, filled where it leaves zero."""
+    figure, axes = style.panels(len(all_runs), 2, (6.2, 2.6), "y")
+    for axis, (name, runs) in zip(axes, all_runs.items(), strict=True):
         arms, methods = ordered(name, runs)
-        rows = []
+        e, reach, ticks = EXPERIMENTS[name], 0.15, []
         for arm in arms:
-            for method in methods:
+            for method, look in looks(name, methods).items():
                 other = other_of(name, method)
-                if other and len(found := difference(runs, arm, method, other)):
-                    label = f"{method} − {other}" if EXPERIMENTS[name].against else method
-                    rows.append((f"{label} ({arm})" if len(arms) > 1 else label, found))
-        for y, (_, found) in enumerate(rows):
-            mean, low, high = student(found)
-            axis.plot(found, [y] * len(found), "o", color="0.55", markersize=3, zorder=3)
-            axis.plot([low, high], [y, y], color="C0", lw=1.5)
-            axis.plot(
-                mean,
-                y,
-                "o",
-                color="C0",
-                markersize=5,
-                markerfacecolor="C0" if low > 0 or high < 0 else "white",
-            )
-        axis.axvline(0, color="0.3", ls=":", lw=1)
-        axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
-        axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
-        # every seed is seen, if not every interval's end
-        reach = max([0.15, *(1.1 * abs(found).max() for _, found in rows)])
+                if not other or len(found := difference(runs, arm, method, other)) < 3:
+                    continue
+                mean, low, high = student(found)
+                face = look["color"] if low > 0 or high < 0 else "white"
+                axis.plot(found, [len(ticks) - 0.25] * len(found), "o", color="0.6", ms=3)
+                axis.plot([low, high], [len(ticks)] * 2, color=look["color"], lw=1.5)
+                axis.plot(mean, len(ticks), **look | {"markersize": 6, "markerfacecolor": face})
+                label = f"{method} − {other}" if e.against else method
+                ticks.append(f"{label}, {in_words(arm)}" if len(arms) > 1 else label)
+                # every seed is seen, if not every interval's end
+                reach = max(reach, 1.1 * abs(found).max())
+        axis.axvline(0, color="0.3", lw=0.8)
+        axis.set_yticks(range(len(ticks)), ticks)
+        axis.set_ylim(max(len(ticks), 1) - 0.5, -0.6)
         axis.set_xlim(-reach, reach)
-        axis.set_xlabel("difference of the last score", fontsize=8)
-        first = "" if EXPERIMENTS[name].against else f", difference from {methods[0]}"
-        axis.set_title(f"{name}{first}", fontsize=9)
-    save(plot, axes[len(all_runs) :], out)
+        title = name.replace("_", " ") + ("" if e.against else f": difference from {methods[0]}")
+        style.name(axis, title, f"difference in {measure(runs)}")
+    return figure
 
 
-def panels(rows: int, columns: int, size: tuple[float, float] = (4.4, 3.4), sharey: bool = False):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shape = {
-        "figsize": (size[0] * columns, size[1] * rows),
-        "squeeze": False,
-        "layout": "constrained",
-        "sharey": sharey,
-    }
-    plot, axes = plt.subplots(rows, columns, **shape)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, axis="y")
-    return plot, list(axes.flat)
-
-
-def save(plot, unused: list, out: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for axis in unused:
-        axis.set_visible(False)
-    plot.savefig(out, dpi=110)
-    plt.close(plot)
-
-
-# ==== Main ============================================================================================================
+# ==== Main ========================================================================================
 
 
 def insert(text: str, name: str, table: str) -> str:
     """`text` with what stands between the marks <!-- name --> and <!-- /name --> replaced by the
     table; as it is without marks."""
-    mark = re.escape(name)
-    return re.sub(
-        rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
-        lambda m: f"{m[1]}\n{table}\n{m[2]}",
-        text,
-        flags=re.S,
-    )
+    marks = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
+    return re.sub(marks, lambda m: f"{m[1]}\n{table}\n{m[2]}", text, flags=re.S)
 
 
-def report(name: str) -> pd.DataFrame | None:
-    """Writes the experiment's .md and .png files beside its CSV and returns its runs; None if there
-    are none."""
-    frame = load(name)
-    if others := len(results(name)) - len(frame):
-        print(
-            f"{name}: {others} rows were made with other flags than the present ones and are left out",
-            file=sys.stderr,
-        )
-    if frame.empty:
-        return None
-    runs = by_run(frame)
-    (RESULTS / f"{name}.md").write_text(f"{EXPERIMENTS[name].about}\n\n{tables(name, runs)}")
-    curves(name, frame, runs, RESULTS / f"{name}.png")
-    if is_grid(name):
-        by_rate(name, runs, RESULTS / f"{name}_rates.png")
-        by_arm(name, runs, RESULTS / f"{name}_arms.png")
-    return runs
+def pages() -> list[Path]:
+    """Where marked tables may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def renew(name: str, table: str) -> None:
+    """Put a table in its place in all pages that have marks for it."""
+    for page in pages():
+        text = page.read_text()
+        if (new := insert(text, name, table)) != text:
+            write_atomically(page, new)
+
+
+def text_of(name: str, runs: pd.DataFrame) -> str:
+    """The experiment's .md file."""
+    return f"{EXPERIMENTS[name].about}\n\n{tables(name, runs)}"
+
+
+def figures(name: str, frame: pd.DataFrame) -> dict:
+    """The experiment's figures, by the names of their files."""
+    runs, found = by_run(frame), {}
+    if name not in NO_CURVES:
+        found[name] = curves(name, frame, runs)
+    if EXPERIMENTS[name].grid:
+        found |= {f"{name}_rates": by_rate(name, runs), f"{name}_arms": by_arm(name, runs)}
+    return found
+
+
+def compared() -> dict:
+    """The figure of differences of all experiments but the grid, as a dict like `figures`."""
+    frames = {name: load(name) for name, e in EXPERIMENTS.items() if not e.grid}
+    frames = {name: frame for name, frame in frames.items() if frame["seed"].nunique() > 2}
+    runs = {
+        name: by_run(frame)
+        for name, frame in frames.items()
+        if any(other_of(name, method) for method in EXPERIMENTS[name].methods)
+    }
+    return {"differences": differences(runs)} if runs else {}
 
 
 @dataclass
 class Args:
     experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = field(default_factory=tuple)
     """names of experiments; default: all that have been run"""
-    readme: Path = ROOT / "README.md"
-    """file whose marked tables are renewed"""
 
 
 def main(args: Args) -> None:
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         stop(f"{' '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
-    text, compared = args.readme.read_text(), {}
+    drawn = compared()
     for name in args.experiments or EXPERIMENTS:
-        runs = report(name)
-        if runs is None:
+        frame = load(name)
+        if others := len(results(name)) - len(frame):
+            said = f"{name}: {others} rows were made with other flags than the present ones"
+            print(f"{said} and are left out", file=sys.stderr)
+        if frame.empty:
             if args.experiments:
                 stop(
-                    f"{name}: nothing has been run with the present flags (python benchmark/run.py {name})"
+                    f"{name}: nothing has been run with the present flags (benchmark/run.py {name})"
                 )
             continue
-        text = insert(text, name, tables(name, runs, brief=True))
-        print(f"{name}\n\n{tables(name, runs)}")
-    for name, e in EXPERIMENTS.items():
-        if (
-            not e.grid
-            and any(other_of(name, method) for method in e.methods)
-            and not (frame := load(name)).empty
-        ):
-            compared[name] = by_run(frame)
-    if compared:
-        differences(compared, RESULTS / "differences.png")
-    write_atomically(args.readme, text)
+        runs = by_run(frame)
+        (RESULTS / f"{name}.md").write_text(text_of(name, runs))
+        renew(name, tables(name, runs, brief=True))
+        drawn |= figures(name, frame)
+        print(text_of(name, runs))
+    for file, figure in drawn.items():
+        style.save(figure, RESULTS / f"{file}.png")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import ROOT, SCRIPTS
+from benchmark import report
+from benchmark.studies import critic_study as study
+from tests.conftest import SCRIPTS
 from utils.keyed import seed_torch
 from utils.models import load_policy
 from utils.tensors import pack
 from utils.world.environment import Environment
-
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "benchmark" / "studies")]
-import critic_study as study  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -139,34 +138,22 @@ def test_every_critic_is_tuned_with_the_same_effort():
     assert not {job.seed for job in jobs if job.part == "tuning"} & {
         job.seed for job in jobs if job.part != "tuning"
     }
-    where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
-    found = {
-        (job.part, job.setting, job.critic, study.digest(job, *where)) for job in jobs
-    }  # every flag is one of the script's
-    assert study.digest(jobs[0], *where) != study.digest(jobs[0], "asymmetric", *where[1:])
-    tried = {d for part, _, critic, d in found if (part, critic) == ("tuning", "VRPO")}
+    found = {study.key(job, study.WHERE) for job in jobs}  # every flag is one of the script's
+    assert len(found) == len(jobs)
+    assert study.key(jobs[0], study.WHERE | {"noise": "asymmetric"}) not in found
+    tried = {key[-1] for key in found if key[:2] == ("tuning", "VRPO")}
     assert len(tried) == len(study.SEARCH["VRPO"]) + 3  # no two settings are the same
 
 
 def test_report_is_made_from_the_rows_alone(tmp_path):
-    where = ("symmetric", "assets/tiny_math", "assets/data/tiny_math")
     numbers, rows = {key: 0.5 for key in study.MEASURES}, []
     for job in study.fits((1, 2)):
-        base = {key: getattr(job, key) for key in study.KEY[:-1]} | {
-            "digest": study.digest(job, *where)
-        }
+        base = dict(zip(study.KEY, study.key(job, study.WHERE), strict=True)) | {"passes": 1}
         for n in {512, job.rollouts}:
-            rows.append(
-                {
-                    **base,
-                    "rollouts": n,
-                    "passes": 1,
-                    **numbers,
-                    "explained_variance": 0.1 * job.seed,
-                }
-            )
+            measured = numbers | {"explained_variance": 0.1 * job.seed}
+            rows.append(base | {"rollouts": n} | measured)
     out = tmp_path / "some.csv"
-    pd.DataFrame(rows).to_csv(out, index=False)
+    study.save(out, rows)
     study.main(study.Args(out=out, seeds=(1, 2), report=True))
     text = (tmp_path / "some.md").read_text()
     assert "| plain | 0.15 (-0.49 to 0.79)" in text and "| VRPO | 0.00 | 0.00" in text
@@ -175,7 +162,33 @@ def test_report_is_made_from_the_rows_alone(tmp_path):
     pd.DataFrame(rows).assign(digest="other").to_csv(out, index=False)
     with pytest.raises(SystemExit, match="no rows of the present flags"):
         study.main(study.Args(out=out, seeds=(1, 2), report=True))
-    pd.DataFrame(rows).query("part == 'vrpo' or (critic == 'VRPO' and noise == 0.1)").to_csv(
-        out, index=False
-    )
-    study.main(study.Args(out=out, seeds=(1, 2), report=True))
+    some = pd.DataFrame(rows).query("part == 'vrpo' or (critic == 'VRPO' and noise == 0.1)")
+    sections = study.report(some)
+    assert sections[0].startswith("explained variance, clean returns, by noise rate")
+    assert study.draw(some).axes
+
+
+def test_a_fit_that_is_left_on_disk_is_taken_over(monkeypatch, tmp_path):
+    """As after a kill -9 between a fit and its rows; NaN survives."""
+    monkeypatch.setattr(study, "CACHE", tmp_path)
+    monkeypatch.setattr(study, "fit", lambda job, where: [{"seed": job.seed, "auc": math.nan}])
+    job = study.fits((1,))[0]
+    task = study.task(job, study.WHERE, tmp_path / "rows.csv")
+    assert task.rows() == []
+    function, *arguments = task.call
+    function(*arguments)
+    task.save(task.rows())
+    task.save([{"seed": 2, "auc": 0.5}])
+    seen = study.results(tmp_path / "rows.csv")[["seed", "auc"]].to_numpy().tolist()
+    assert seen[1] == [2, 0.5] and seen[0][0] == 1 and math.isnan(seen[0][1])
+
+
+def test_committed_tables_are_those_of_the_committed_rows():
+    rows = study.results(study.RESULTS / "critic_study.csv")
+    frame = study.present(rows, (1, 2, 3, 4, 5))
+    assert len(frame) == len(rows)  # none of other flags
+    sections = study.report(frame)
+    assert (study.RESULTS / "critic_study.md").read_text() == "\n".join(sections)
+    for page in report.pages():
+        text = page.read_text()
+        assert report.insert(text, "critic_study", study.shown(sections)) == text, page

@@ -2,25 +2,22 @@
 numbers are right."""
 
 import csv
+import dataclasses
 import importlib
+import json
 import os
+import re
 import signal
-import sys
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT
+from benchmark import experiments, jobs, report
+from benchmark import run as bench
 from utils.args import DEFAULTS, check_flags
-
-sys.path.insert(0, str(ROOT / "benchmark"))
-import experiments  # noqa: E402
-import report  # noqa: E402
-import run as bench  # noqa: E402
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
@@ -101,6 +98,7 @@ def tiny(monkeypatch, tmp_path, small_flags):
     }
     for module in (bench, report):
         monkeypatch.setattr(module, "EXPERIMENTS", both)
+    for module in (jobs, bench, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
@@ -130,18 +128,17 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     with pytest.raises(SystemExit, match="the same command goes on"):
         bench.main(bench.Args(("one",), workers=1))
     thread.join()
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").glob("*.csv"))
     assert (
         1 < len((job.folder / "metrics.csv").read_text().splitlines()) - 1 < 14
     )  # it had saved and left
-    monkeypatch.setattr(bench, "commit", lambda: "later")
+    job.commits.write_text("earlier\n")
     bench.main(bench.Args(("one", "two", "one"), arms=("a",)))
     rows = read(tmp_path / "results" / "one.csv")
     assert [(row["arm"], int(row["update"])) for row in rows] == [("a", n) for n in range(0, 15, 2)]
     assert not saved.exists()
-    assert len({row["commit"] for row in rows}) == 1 and rows[0]["commit"].endswith(
-        " later"
-    )  # begun by one, ended by another
+    # begun by one, ended by another
+    assert {row["commit"] for row in rows} == {f"earlier {bench.commit()}"}
     other = read(tmp_path / "results" / "two.csv")
     assert [{**row, "method": "PPO"} for row in other] == rows
     monkeypatch.setattr(bench, "RUNS", bench.RUNS / "in one go")
@@ -149,13 +146,10 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     job.commits.write_text(f"{rows[0]['commit']}\n")
     whole = run_main("ppo_baseline", **job.flags, run_name=str(job.folder.relative_to("runs")))
     assert whole == tmp_path / job.folder
-    assert [{k: str(v) for k, v in row.items() if k in rows[0]} for row in bench.read_rows(job)][0][
-        "digest"
-    ] == job.digest
-    bench.save("whole", bench.read_rows(job))
+    bench.save([dataclasses.replace(job, experiment="whole")], bench.read_rows(job))
     assert read(tmp_path / "results" / "whole.csv") == rows
     # all is there: nothing is run, another experiment takes the rows over, and files can be kept
-    monkeypatch.setattr(bench.Workers, "run", None)
+    monkeypatch.setattr(jobs, "FORKS", None)
     (tmp_path / "results" / "whole.csv").unlink()
     bench.main(bench.Args(("whole", "whole"), arms=("a",)))
     assert read(tmp_path / "results" / "whole.csv") == rows
@@ -169,7 +163,9 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path):
     arms = {"a": {}, "b": {"dataset": "nowhere"}}
-    monkeypatch.setitem(bench.EXPERIMENTS, "one", replace(bench.EXPERIMENTS["one"], arms=arms))
+    monkeypatch.setitem(
+        bench.EXPERIMENTS, "one", dataclasses.replace(bench.EXPERIMENTS["one"], arms=arms)
+    )
     with pytest.raises(SystemExit, match=r"one: ppo-b-1: error: --dataset nowhere.*\.log"):
         bench.main(bench.Args(("one",)))
     assert {row["arm"] for row in read(tmp_path / "results" / "one.csv")} == {"a"}
@@ -180,7 +176,8 @@ def test_training_metrics_are_means_since_the_evaluation_before(tiny, tmp_path):
     job.folder.mkdir(parents=True)
     (job.folder / "args.json").write_text('{"updates": 4}')
     lines = [
-        "update,charts/episodes,eval/response_length,eval/accuracy,reward/clean,time/rollout,time/score,time/update"
+        "update,charts/episodes,eval/response_length,eval/accuracy,reward/clean,"
+        "time/rollout,time/score,time/update"
     ]
     lines += [
         "0,0,9,0.1,,,,",
@@ -216,32 +213,31 @@ def test_a_run_that_died_before_its_first_update_goes_on(tiny):
 
 
 def test_two_at_a_time_are_refused(tiny):
-    workers = bench.Workers()
-    with pytest.raises(SystemExit, match="another run.py"):
+    with jobs.claim(bench.RUNS), pytest.raises(SystemExit, match="another command"):
         bench.main(bench.Args(("one",)))
-    workers.lock.close()
 
 
 def test_a_run_that_is_left_behind_keeps_others_out(tiny):
     """Its run.py is gone, it still holds the lock, and SIGTERM reaches it although the process it
-    was forked from ignores that."""
+    was forked from blocks that."""
     tiny["updates"] = 1000
-    job, workers = bench.jobs_of("one")[0], bench.Workers()
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [*job.command, "--run-name", str(job.folder.relative_to("runs"))]
-    lock = bench.reduction.DupFd(workers.lock.fileno())
-    process = bench.FORKS.Process(target=bench.execute, args=(command, job.log, lock))
+    job, lock = bench.jobs_of("one")[0], jobs.claim(bench.RUNS)
+    log = job.folder.with_suffix(".log")
+    call = bench.execute, job.command, job.folder, job.commits
+    process = jobs.FORKS.Process(target=jobs.work, args=(bench.RUNS, log, *call))
+    signal.pthread_sigmask(signal.SIG_BLOCK, jobs.LEAVE)
     process.start()
-    workers.lock.close()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, jobs.LEAVE)
+    lock.close()
     while not (job.folder / "metrics.csv").exists():
-        assert process.is_alive(), job.log.read_text()
+        assert process.is_alive(), log.read_text()
         time.sleep(0.02)
     with pytest.raises(SystemExit, match="or a run that it left behind"):
-        bench.Workers()
+        jobs.claim(bench.RUNS)
     process.terminate()
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
-    bench.Workers().lock.close()
+    jobs.claim(bench.RUNS).close()
 
 
 def test_wrong_names(tiny):
@@ -252,6 +248,96 @@ def test_wrong_names(tiny):
         bench.main(bench.Args(("one",), arms=("c",)))
     with pytest.raises(SystemExit, match="nothing has been run"):
         report.main(report.Args(("one",)))
+
+
+# ---- what was asked ----
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """changed(name=default, ...): the flags of PPO, some of them new or with other defaults."""
+
+    def change(**defaults) -> None:
+        fields = [(name, type(value), value) for name, value in defaults.items()]
+        module = importlib.import_module("ppo_baseline")
+        made = dataclasses.make_dataclass("Args", fields, bases=(module.Args,))
+        monkeypatch.setattr(module, "Args", made)
+        jobs.digest.cache_clear()
+
+    yield change
+    jobs.digest.cache_clear()
+
+
+def rows_found(name: str, method: str) -> float:
+    """Share of the committed rows of a method that are of its present flags."""
+    rows, found = (
+        frame[frame["method"] == method] for frame in (bench.results(name), report.load(name))
+    )
+    assert len(rows)
+    return len(found) / len(rows)
+
+
+def test_a_new_flag_orphans_nothing(changed):
+    changed(brand_new=3)
+    assert rows_found("noise_grid", "PPO") == rows_found("gae_lambda", "PPO, lambda 0.5") == 1
+
+
+def test_a_changed_default_orphans_the_rows_that_did_not_give_the_flag(changed):
+    changed(gae_lambda=0.9)
+    assert rows_found("noise_grid", "PPO") == rows_found("long_runs", "PPO") == 0
+    assert rows_found("gae_lambda", "PPO, lambda 0.5") == 1 == rows_found("noise_grid", "VRPO")
+    changed(gae_lambda=0.95)
+    assert rows_found("noise_grid", "PPO") == 1
+
+
+def test_a_new_flag_is_recorded_and_counts_from_then_on(changed, monkeypatch, tmp_path):
+    given = jobs.digest("ppo_baseline", (("seed", 2),))
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    (tmp_path / "defaults.json").write_text('{"ppo_baseline math": {"seed": "1", "gone": "x"}}')
+    changed(brand_new=3)
+    assert jobs.digest("ppo_baseline", (("seed", 2),)) == given
+    assert jobs.digest("ppo_baseline", (("seed", 2), ("brand_new", 4))) != given
+    jobs.record([("ppo_baseline", "math")])
+    table = json.loads((tmp_path / "defaults.json").read_text())["ppo_baseline math"]
+    assert table["brand_new"] == "3" and table["gone"] == "x" and table["gae_lambda"] == "0.95"
+    jobs.digest.cache_clear()
+    assert jobs.digest("ppo_baseline", (("seed", 2),)) == given
+    changed(brand_new=4)
+    assert jobs.digest("ppo_baseline", (("seed", 2),)) != given
+    assert jobs.digest("ppo_baseline", (("seed", 2), ("brand_new", 3))) == given
+
+
+def test_model_and_data_are_known_by_name(capsys):
+    job, same, other = (
+        bench.chosen("arc_easy", bench.Args(model=model, data=data))[0]
+        for model, data in (
+            (None, None),
+            ("/x/SmolLM2-135M-Instruct", "/y/ai2_arc"),
+            ("/x/Qwen", None),
+        )
+    )
+    assert job.digest == same.digest != other.digest
+    bench.main(bench.Args(("arc_easy",), commands=True, model="/x/Qwen", seeds=(4,)))
+    assert capsys.readouterr().out.count(" --model /x/Qwen ") == len(bench.jobs_of("arc_easy"))
+
+
+def test_every_default_is_recorded():
+    for name in experiments.EXPERIMENTS:
+        for job in bench.jobs_of(name, (1,)):
+            flags = jobs.all_flags(job.script, job.flags)
+            known = jobs.recorded()[f"{job.script} {flags['task']}"]
+            assert flags.keys() <= known.keys(), "python benchmark/run.py --list records new flags"
+
+
+def test_the_list_finds_every_committed_row(capsys):
+    bench.listing(())
+    rows = re.findall(r"^(\w+) +(\d+) +(\d+) +[\d.]+  ", capsys.readouterr().out, flags=re.M)
+    assert [name for name, _, _ in rows] == list(experiments.EXPERIMENTS)
+    for name, runs, done in rows:
+        committed = set(bench.keys(bench.results(name)))
+        assert committed == {job.key for job in bench.jobs_of(name)} & committed, name
+        assert int(done) == len(committed) > 0, name
+        assert name in ("dialogue", "word_problems", "arc_easy") or int(runs) == int(done)
 
 
 # ---- the report ----
@@ -313,14 +399,20 @@ def made_up(monkeypatch, tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path / "results" / "noise_grid.csv", index=False)
     for module in (bench, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("no marks\n")
     return tmp_path / "results" / "noise_grid.csv"
 
 
 def test_report_of_a_grid(made_up, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- noise_grid -->\nstale\n<!-- /noise_grid -->\nbelow\n")
-    report.main(report.Args(("noise_grid",), readme))
-    text = readme.read_text()
+    page, other = tmp_path / "docs" / "results" / "grid.md", tmp_path / "docs" / "other.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("above\n<!-- noise_grid -->\nstale\n<!-- /noise_grid -->\nbelow\n")
+    other.write_text("<!-- noise_grid -->\n<!-- /noise_grid -->\n")
+    report.main(report.Args())
+    text = page.read_text()
+    assert text == f"above\n{other.read_text()}below\n"
+    assert (tmp_path / "README.md").read_text() == "no marks\n"
     assert (
         text.startswith("above\n<!-- noise_grid -->\n")
         and text.endswith("<!-- /noise_grid -->\nbelow\n")
@@ -329,7 +421,8 @@ def test_report_of_a_grid(made_up, tmp_path):
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")
     }
-    expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) | not told apart |"
+    expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) |"
+    expected += " not told apart |"
     twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
     assert rows["symmetric 0.2"] == f"{expected} {twice}"
     assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith(
@@ -351,13 +444,14 @@ def test_report_of_a_grid(made_up, tmp_path):
     assert "| VRPO | 0.770 (0.745 to 0.795) | +0.200 (+0.200 to +0.200) | 1.000 |" in overall
     for figure in ("noise_grid", "noise_grid_rates", "noise_grid_arms"):
         assert len((tmp_path / "results" / f"{figure}.png").read_bytes()) > 20000
-    report.main(report.Args((), readme))
-    assert readme.read_text() == text  # made again, the same
+    brief = report.tables("noise_grid", report.by_run(report.load("noise_grid")), brief=True)
+    assert report.insert(text, "noise_grid", brief) == text  # made again, the same
 
 
 def test_rows_of_other_flags_are_left_out(made_up, capsys):
     pd.read_csv(made_up).assign(digest="other").to_csv(made_up, index=False)
-    assert report.report("noise_grid") is None
+    report.main(report.Args())
+    assert [f.name for f in made_up.parent.iterdir()] == ["noise_grid.csv"]
     assert "noise_grid: 810 rows were made with other flags" in capsys.readouterr().err
 
 
@@ -371,7 +465,13 @@ def test_report_of_a_part_of_the_grid(made_up):
     frame[(frame["arm"] != "no noise") | (frame["method"] != "PPO") | (frame["seed"] < 2)].to_csv(
         made_up, index=False
     )
-    text = report.tables("noise_grid", report.report("noise_grid"))
+    frame = report.load("noise_grid")
+    text = report.tables("noise_grid", report.by_run(frame))
+    assert list(report.figures("noise_grid", frame)) == [
+        "noise_grid",
+        "noise_grid_rates",
+        "noise_grid_arms",
+    ]
     assert (
         text.startswith("53 of 450 runs so far.") and "Last score (mean and range, 2 seeds)" in text
     )
@@ -395,20 +495,16 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     pd.DataFrame(rows).to_csv(tmp_path / "gae_lambda.csv", index=False)
     for module in (bench, report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- gae_lambda -->\n<!-- /gae_lambda -->\n")
-    report.main(report.Args((), readme))
+    report.main(report.Args())
     assert len((tmp_path / "differences.png").read_bytes()) > 20000
     whole = (tmp_path / "gae_lambda.md").read_text().splitlines()
-    only = pd.read_csv(
-        tmp_path / "gae_lambda.csv"
-    )  # the runs that others are compared with, and no other
+    # the runs that others are compared with, and no other
+    only = pd.read_csv(tmp_path / "gae_lambda.csv")
     only[only["method"] == "PPO, lambda 0.95"].to_csv(tmp_path / "gae_lambda.csv", index=False)
-    (tmp_path / "empty").mkdir()
-    report.differences(
-        {"gae_lambda": report.by_run(report.load("gae_lambda"))},
-        tmp_path / "empty" / "differences.png",
-    )
+    assert report.compared()["differences"].axes
     lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| symm")}
     brief = {
         line.split(" | ")[0].strip("| "): line
@@ -416,8 +512,8 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
         if "lambda" in line
     }
     assert (
-        brief["VRPO, lambda 0.5"]
-        == "| VRPO, lambda 0.5 | 0.720 (0.710 to 0.730) | +0.100 (+0.100 to +0.100) from VRPO, lambda 0.95 |"
+        brief["VRPO, lambda 0.5"] == "| VRPO, lambda 0.5 | 0.720 (0.710 to 0.730) "
+        "| +0.100 (+0.100 to +0.100) from VRPO, lambda 0.95 |"
     )
     assert "+0.100 (+0.100 to +0.100) from VRPO, lambda 0.95" in lines["VRPO, lambda 0.5"]
     assert "+0.100 (+0.100 to +0.100) from PPO, lambda 0.95" in lines["VRPO, lambda 0.95"]
@@ -442,11 +538,8 @@ def test_committed_tables_are_those_of_the_committed_rows(name):
     frame = report.load(name)
     assert len(frame) == len(bench.results(name))  # none of other flags
     assert not frame.duplicated([*bench.KEY, "update"]).any()
-    text = report.tables(name, report.by_run(frame))
-    assert (
-        report.RESULTS / f"{name}.md"
-    ).read_text() == f"{experiments.EXPERIMENTS[name].about}\n\n{text}"
-    readme = (ROOT / "README.md").read_text()
-    assert (
-        report.insert(readme, name, report.tables(name, report.by_run(frame), brief=True)) == readme
-    )
+    runs = report.by_run(frame)
+    assert (report.RESULTS / f"{name}.md").read_text() == report.text_of(name, runs)
+    brief = report.tables(name, runs, brief=True)
+    for page in report.pages():
+        assert report.insert(page.read_text(), name, brief) == page.read_text(), page

@@ -1,27 +1,23 @@
 """Which critic absorbs reward noise? Critics are fitted to the same rollouts with the same flips,
 without an RL loop in the way.
 
-    python benchmark/studies/critic_study.py                         # all parts; hours on two cores, stop and continue at will
+    python benchmark/studies/critic_study.py              # all parts: hours; stop and go on at will
     python benchmark/studies/critic_study.py --parts noise --seeds 1 2 --critics plain VRPO
-    python benchmark/studies/critic_study.py --report                # tables and figure from the CSV alone
-    python benchmark/studies/critic_study.py --tokens                # the same answers through the eyes of every critic: runs/critic_study
+    python benchmark/studies/critic_study.py --report     # tables and figure from the CSV alone
 
 A fit is what main() of the script does with its critic when the policy stands still, by the
 script's own functions: 256 rollouts an update, values and targets of the update, two epochs in
 minibatches of 64. Measures are taken on fresh rollouts of other prompts. The parts: `tuning` (the
 same number of settings for every critic, a seed of its own), `noise` (rates 0 to 0.4), `vrpo` (what
 each part of VRPO contributes), `passes` (further passes over the same rollouts). Writes
-benchmark/results/critic_study.csv; a fit whose rows are there, made with the same flags, is
-skipped. The report takes the rows of the present flags alone."""
+benchmark/results/critic_study.csv; a fit whose rows are there is skipped, and so is one that left
+its rows in runs/critic_study. The report takes the rows of the present flags alone."""
 
-import hashlib
 import json
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -29,29 +25,30 @@ from typing import Literal
 import pandas as pd
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from report import insert  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
 import dvpo_math as dvpo  # noqa: E402
 import ppo_baseline as ppo  # noqa: E402
 import robust_ppo_baseline as robust  # noqa: E402
 import vrpo_math as vrpo  # noqa: E402
+from benchmark.jobs import RESULTS, Task, digest, make  # noqa: E402
+from benchmark.report import markdown, renew  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.keyed import permutation, seed_torch  # noqa: E402
 from utils.models import load_policy, pick_device  # noqa: E402
+from utils.report import style  # noqa: E402
 from utils.report.metrics import advantage_noise, explained_variance  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
 from utils.tensors import micro_batches, pack, take, turn_ends  # noqa: E402
 from utils.world.environment import Environment  # noqa: E402
 
 CPU = torch.device("cpu")
-RESULTS, README = ROOT / "benchmark" / "results", ROOT / "README.md"
-CACHE = ROOT / "runs" / "critic_study"
+CACHE = Path("runs") / "critic_study"
+KEY = ["part", "critic", "setting", "noise", "seed", "digest"]
+WHERE = {"noise": "symmetric", "model": "assets/tiny_math", "dataset": "assets/data/tiny_math"}
+PARTS = ("tuning", "noise", "vrpo", "passes")
 UPDATE = 256  # rollouts
 FRESH = 512
 NO_TERMS = {
@@ -152,36 +149,28 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
     return jobs
 
 
-def resolved(job: Fit, channel: str):
-    """The script's module and its Args for a fit."""
-    module, flags = CRITICS[job.critic]
-    return module, module.Args(
-        noise=channel, noise_rate=job.noise, seed=job.seed, **{**flags, **dict(job.flags)}
-    )
+def flags_of(job: Fit, where: dict) -> dict:
+    own = CRITICS[job.critic][1] | dict(job.flags)
+    return where | {"noise_rate": job.noise, "seed": job.seed} | own
 
 
-def digest(job: Fit, channel: str, model: str, dataset: str) -> str:
-    """Of everything that a fit depends on but the code."""
-    args = vars(resolved(job, channel)[1])
-    flags = {"reward_per": "episode"} | {key: str(value) for key, value in args.items()}
-    words = json.dumps([flags, job.rollouts, job.passes, model, dataset], sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:10]
+def key(job: Fit, where: dict) -> tuple:
+    """What a fit is called, and a digest of all that it depends on but the code."""
+    script, flags = CRITICS[job.critic][0].__name__, tuple(flags_of(job, where).items())
+    made_by = digest(script, flags, job.rollouts, job.passes)
+    return job.part, job.critic, job.setting, job.noise, job.seed, made_by
 
 
 def text(flags: dict) -> str:
-    return (
-        " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items()) or "default"
-    )
+    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in flags.items()) or "default"
 
 
-@lru_cache(maxsize=2)
 def rollouts(model: str, dataset: str, seed: int, count: int):
     """The policy, and `count` + FRESH episodes of it, four to a prompt: batch, clean rewards,
     prompt keys. Kept on disk."""
     pick_device("cpu")
     policy, chat = load_policy(model, CPU)
-    name = hashlib.sha256(f"{Path(model).resolve()} {dataset}".encode()).hexdigest()[:6]
-    file = CACHE / f"{Path(model).name}_{name}_{seed}_{count}.pt"
+    file = CACHE / f"{Path(model).name}_{Path(dataset).name}_{seed}_{count}.pt"
     if not file.exists():
         args = ppo.Args(model=model, dataset=dataset, seed=seed, prompts_per_update=UPDATE // 4)
         env, episodes = Environment(args, chat, CPU), []
@@ -211,12 +200,12 @@ def observed_rewards(
     return torch.cat(seen)
 
 
-def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[dict]]:
-    """The fitted critic, and rows of measures after 512, 1280 and 2560 rollouts and after every
-    further pass."""
-    torch.set_num_threads(1)
-    module, args = resolved(job, channel)
-    policy, _, batch, clean, keys = rollouts(model, dataset, job.seed, max(2560, job.rollouts))
+def fit(job: Fit, where: dict) -> list[dict]:
+    """Rows of measures after 512, 1280 and 2560 rollouts and after every further pass."""
+    module = CRITICS[job.critic][0]
+    args = module.Args(**flags_of(job, where))
+    count = max(2560, job.rollouts)
+    policy, _, batch, clean, keys = rollouts(where["model"], where["dataset"], job.seed, count)
     observed = observed_rewards(args, clean, keys, batch["mask"])
     rewards = ppo.place_rewards(observed, batch["mask"])
     fresh = torch.arange(len(clean) - FRESH, len(clean))
@@ -224,24 +213,15 @@ def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[
     critic = module.Critic(policy, args)
     torch.nn.init.constant_(critic.head.bias, observed[:UPDATE].mean().item())
     optimizer = module.make_optimizer(policy, critic, args)
-    names = {key: getattr(job, key) for key in ("part", "critic", "setting", "noise", "seed")}
-    names["digest"] = digest(job, channel, model, dataset)
+    names = dict(zip(KEY, key(job, where), strict=True))
     rows, update = [], 0
     for once in range(job.passes):
         for start in range(0, job.rollouts, UPDATE):
             update += 1
             chunk = torch.arange(start, start + UPDATE)
             part = take(batch, chunk)
-            train_update(
-                module,
-                policy,
-                critic,
-                optimizer,
-                part,
-                rewards[chunk, : part["mask"].shape[1]],
-                args,
-                update,
-            )
+            given = rewards[chunk, : part["mask"].shape[1]]
+            train_update(module, policy, critic, optimizer, part, given, args, update)
             seen = start + UPDATE
             if seen == job.rollouts or (once == 0 and seen in (512, 1280)):
                 fitted = torch.arange(max(0, seen - FRESH), seen)
@@ -249,14 +229,14 @@ def fit(job: Fit, channel: str, model: str, dataset: str) -> tuple[object, list[
                     module, policy, critic, batch, clean, observed, fresh, fitted, args
                 )
                 rows.append({**names, "rollouts": seen, "passes": once + 1, **measures})
-    return critic, rows
+    return rows
 
 
-def fit_rows(*arguments) -> list[dict]:
-    return fit(*arguments)[1]
+def fit_to(file: Path, job: Fit, where: dict) -> None:
+    write_atomically(file, json.dumps(fit(job, where)))
 
 
-def module_schedule(module, optimizer, critic, update: int, args) -> None:
+def begin_update(module, optimizer, critic, update: int, args) -> None:
     """What the script's main() sets at the start of an update; the policy is not in it."""
     module.schedule(optimizer, update, args)
     if module is vrpo:
@@ -267,7 +247,7 @@ def train_update(
     module, policy, critic, optimizer, batch: dict, rewards: torch.Tensor, args, update: int
 ) -> None:
     """7.4 and 7.5 of the script's main(), the policy left out."""
-    module_schedule(module, optimizer, critic, update, args)
+    begin_update(module, optimizer, critic, update, args)
     seed_torch(args.seed, "latent", update)
     batch = batch | module.score_tokens(policy, critic, batch, args)
     _, targets = module.advantages_and_targets(rewards, batch, args)
@@ -342,46 +322,6 @@ def noise_fitted(values, observed, clean, mask) -> float:
     return ((v * e).sum() / (e * e).sum()).item()
 
 
-def write_tokens(args: "Args") -> None:
-    """The same fresh answers with the values of every critic, in the form of a run's
-    transcripts.jsonl."""
-    for name in args.critics:
-        job = Fit("tokens", name, "", args.tokens_noise, args.seeds[0])
-        critic, _ = fit(job, args.channel, args.model, args.dataset)
-        policy, chat, batch, clean, keys = rollouts(
-            args.model, args.dataset, job.seed, job.rollouts
-        )
-        module, script = resolved(job, args.channel)
-        observed = observed_rewards(script, clean, keys, batch["mask"])
-        rows = torch.arange(len(clean) - FRESH, len(clean), 4)
-        part = take(batch, rows)
-        part |= module.score_tokens(policy, critic, part, script)
-        rewards = ppo.place_rewards(observed[rows], part["mask"])
-        advantages, _ = module.advantages_and_targets(rewards, part, script)
-        part |= {"rewards": rewards, "advantages": ppo.whiten(advantages, part["mask"])}
-        folder = CACHE / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(
-            json.dumps({"script": name, **{k: str(v) for k, v in vars(script).items()}})
-        )
-        with (folder / "transcripts.jsonl").open("w") as file:
-            for i, row in enumerate(rows.tolist()):
-                length = int(part["mask"][i].nonzero().max()) + 1
-                tokens = {
-                    "text": [chat.tokenizer.decode(t) for t in part["targets"][i, :length].tolist()]
-                }
-                tokens["chosen"] = part["mask"][i, :length].tolist()
-                for key in ("values", "advantages", "entropy", "rewards"):
-                    tokens[key] = part[key][i, :length].double().round(decimals=4).tolist()
-                record = {
-                    "update": 0,
-                    "messages": [{"role": "user", "content": keys[row]}],
-                    "tokens": tokens,
-                }
-                file.write(json.dumps(record | {"outcome": {"accuracy": clean[row].item()}}) + "\n")
-        print(folder)
-
-
 MEASURES = {
     "explained_variance": "explained variance, clean returns",
     "r_squared": "R²",
@@ -407,75 +347,20 @@ def cell(values: pd.Series) -> str:
     return f"{mean:.2f}" if low == high or low != low else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return f"{title}\n\n" + "\n".join(lines) + "\n"
+def table(title: str, data: pd.DataFrame, columns: str, measure: str) -> str:
+    """Mean and interval of a measure over seeds, a row for each critic, a column for each value of
+    `columns`."""
+    heads = sorted(data[columns].unique())
+    rows = [
+        [critic, *(cell(group[group[columns] == x][measure]) for x in heads)]
+        for critic, group in data.groupby("critic", sort=False)
+    ]
+    title += f" (seeds {', '.join(map(str, sorted(data['seed'].unique())))})"
+    return f"{title}\n\n" + markdown(["critic", *(f"{x:g}" for x in heads)], rows)
 
 
-def report(frame: pd.DataFrame, out: Path) -> None:
-    """Tables (.md) and figure (.png) beside the CSV, from its rows alone; the first tables and the
-    differences go into the README."""
-    sections = []
-
-    def table(
-        title: str, data: pd.DataFrame, index: str | list[str], columns: str, key: str
-    ) -> None:
-        """Mean and interval of `key` over seeds, a row for each `index`, a column for each value of
-        `columns`."""
-        index = [index] if isinstance(index, str) else index
-        heads = sorted(data[columns].unique())
-        rows = [
-            [
-                *(name if isinstance(name, tuple) else (name,)),
-                *(cell(group[group[columns] == x][key]) for x in heads),
-            ]
-            for name, group in data.groupby(index, sort=False)
-        ]
-        seeds = sorted(data["seed"].unique())
-        title += f" (seeds {', '.join(map(str, seeds))})"
-        sections.append(markdown(title, [*index, *(f"{x:g}" for x in heads)], rows))
-
-    frame = frame.assign(critic=pd.Categorical(frame["critic"], list(CRITICS))).sort_values(
-        "critic", kind="stable"
-    )
-    frame["critic"] = frame["critic"].astype(str)
-    noise = frame[frame["part"] == "noise"]
-    final = noise[noise["rollouts"] == 2560]
-    if len(final):
-        for key in (
-            "explained_variance",
-            "r_squared",
-            "auc",
-            "calibration_error",
-            "noise_fitted",
-            "advantage_noise",
-        ):
-            table(
-                f"{MEASURES[key]}, by noise rate, after 2,560 rollouts",
-                final,
-                "critic",
-                "noise",
-                key,
-            )
-        plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])
-        for key in ("explained_variance", "r_squared", "auc"):
-            paired = final[final["critic"] != "plain"].copy()
-            base = (
-                plain[key].reindex(pd.MultiIndex.from_frame(paired[["noise", "seed"]])).to_numpy()
-            )
-            paired[key] = paired[key] - base
-            table(
-                f"{MEASURES[key]}: difference from the plain critic, paired by seed",
-                paired,
-                "critic",
-                "noise",
-                key,
-            )
-        for rate in sorted(noise["noise"].unique()):
-            some = noise[noise["noise"] == rate]
-            table(
-                f"R² by number of rollouts, noise {rate:g}", some, "critic", "rollouts", "r_squared"
-            )
+def parts_of_vrpo(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of part `vrpo`, after those of the critics that are VRPO with a part left out."""
     own = {
         "VRPO": "default",
         "bottleneck": "no semantic losses",
@@ -483,153 +368,133 @@ def report(frame: pd.DataFrame, out: Path) -> None:
         "plain": "neither",
     }
     parts = frame[frame["part"] == "vrpo"]
-    some = noise[
-        (noise["noise"] == 0.2)
-        & noise["critic"].isin(list(own))
-        & noise["seed"].isin(parts["seed"])
-    ]
-    parts = pd.concat(
-        [some.assign(part="vrpo", critic="VRPO", setting=some["critic"].map(own)), parts]
-    )
-    keys = ("explained_variance", "r_squared", "auc", "noise_fitted")
-    some = parts[parts["rollouts"] == 2560].set_index(["setting", "seed"])
-    if "default" in some.index:
+    some = frame[(frame["part"] == "noise") & (frame["noise"] == 0.2)]
+    some = some[some["critic"].isin(list(own)) & some["seed"].isin(parts["seed"])]
+    some = some.assign(part="vrpo", critic="VRPO", setting=some["critic"].map(own))
+    both = pd.concat([some, parts])
+    return both[both["rollouts"] == 2560]
+
+
+def report(frame: pd.DataFrame) -> list[str]:
+    """All tables, of these rows alone."""
+    sections = []
+    noise = frame[frame["part"] == "noise"]
+    final = noise[noise["rollouts"] == 2560]
+    if len(final):
+        for measure in list(MEASURES)[:6]:
+            title = f"{MEASURES[measure]}, by noise rate, after 2,560 rollouts"
+            sections.append(table(title, final, "noise", measure))
+        plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])
+        for measure in ("explained_variance", "r_squared", "auc"):
+            paired = final[final["critic"] != "plain"].copy()
+            same = pd.MultiIndex.from_frame(paired[["noise", "seed"]])
+            paired[measure] -= plain[measure].reindex(same).to_numpy()
+            title = f"{MEASURES[measure]}: difference from the plain critic, paired by seed"
+            sections.append(table(title, paired, "noise", measure))
+        for rate, some in noise.groupby("noise"):
+            title = f"R² by number of rollouts, noise {rate:g}"
+            sections.append(table(title, some, "rollouts", "r_squared"))
+    keys = ["explained_variance", "r_squared", "auc", "noise_fitted"]
+    parts = parts_of_vrpo(frame).set_index(["setting", "seed"])[keys]
+    if "default" in parts.index:
         rows = []
-        for setting, group in some.groupby("setting", sort=False):
-            changes = group.droplevel("setting")[list(keys)] - some.loc["default"][list(keys)]
-            rows.append(
-                [
-                    setting,
-                    *(f"{group[k].mean():.2f}" for k in keys),
-                    *(cell(changes[k]) for k in keys[:3]),
-                ]
-            )
-        header = [
-            "VRPO",
-            *(MEASURES[k] for k in keys),
-            *(f"{MEASURES[k]}: difference" for k in keys[:3]),
-        ]
-        title = "What each part of VRPO contributes: noise 0.2, means over seeds, and differences from the default paired by seed"
-        sections.append(markdown(title, header, rows))
+        for setting, group in parts.groupby("setting", sort=False):
+            change = group.droplevel("setting") - parts.loc["default"]
+            means = [f"{group[k].mean():.2f}" for k in keys]
+            rows.append([setting, *means, *(cell(change[k]) for k in keys[:3])])
+        words = [MEASURES[k] for k in keys]
+        header = ["VRPO", *words, *(f"{word}: difference" for word in words[:3])]
+        title = "What each part of VRPO contributes: noise 0.2, means over seeds, and differences "
+        title += "from the default paired by seed"
+        sections.append(f"{title}\n\n" + markdown(header, rows))
     some = frame[(frame["part"] == "tuning") & (frame["rollouts"] == 2560)]
-    rows = [
-        [*row[:2], *(f"{x:.2f}" for x in row[2:])]
-        for row in some[["critic", "setting", *keys]].to_numpy()
-    ]
-    header = ["critic", "setting", *(MEASURES[key] for key in keys)]
-    sections += (
-        [markdown("Tuning: noise 0.3, one fit each, seed 101", header, rows)] if rows else []
-    )
+    if len(some):
+        cells = some[["critic", "setting", *keys]].to_numpy()
+        rows = [[*row[:2], *(f"{x:.2f}" for x in row[2:])] for row in cells]
+        header = ["critic", "setting", *(MEASURES[k] for k in keys)]
+        title = "Tuning: noise 0.3, one fit each, seed 101"
+        sections.append(f"{title}\n\n" + markdown(header, rows))
     some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
-    for key in ("r_squared", "noise_fitted") if len(some) else ():
-        table(
-            f"{MEASURES[key]} by passes over the same 1,280 rollouts, noise 0.2",
-            some,
-            "critic",
-            "passes",
-            key,
-        )
-    out.with_suffix(".md").write_text("\n".join(sections))
-    if out == RESULTS / "critic_study.csv":
-        shown = [
-            text for text in sections if text.startswith(("explained", "R²: diff", "AUC: diff"))
-        ]
-        write_atomically(README, insert(README.read_text(), "critic_study", "\n".join(shown)))
-    passes = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
-    draw(noise, parts[parts["rollouts"] == 2560], passes, out.with_suffix(".png"))
-    print("\n".join(sections))
+    for measure in ("r_squared", "noise_fitted") if len(some) else ():
+        title = f"{MEASURES[measure]} by passes over the same 1,280 rollouts, noise 0.2"
+        sections.append(table(title, some, "passes", measure))
+    return sections
 
 
-def draw(noise: pd.DataFrame, parts: pd.DataFrame, passes: pd.DataFrame, out: Path) -> None:
+def shown(sections: list[str]) -> str:
+    """The tables for the pages."""
+    return "\n".join(x for x in sections if x.startswith(("explained", "R²: diff", "AUC: diff")))
+
+
+def draw(frame: pd.DataFrame):
     """Means over seeds with 95 % intervals; seeds differ more than critics do, so the two panels of
     differences are paired by seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    noise = frame[frame["part"] == "noise"]
+    passes = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
     final, early = noise[noise["rollouts"] == 2560], noise[noise["noise"] == 0.2]
-    colors = {name: f"C{i}" for i, name in enumerate(CRITICS)}
+    looks = style.looks({name: name for name in CRITICS})
+    figure, axes = style.panels(6, 3, (4.6, 3.6))
 
-    def lines(axis, data: pd.DataFrame, x: str, y: str, band: bool = True, **style) -> None:
-        for name in (name for name in CRITICS if name in set(data["critic"])):
-            group = data[data["critic"] == name]
-            xs = sorted(group[x].unique())
-            mean, low, high = zip(
-                *(interval(group[group[x] == value][y]) for value in xs), strict=True
-            )
-            axis.plot(xs, mean, marker="o", markersize=3, color=colors[name], label=name, **style)
+    def lines(axis, data: pd.DataFrame, x: str, y: str, band: bool = True, **more) -> None:
+        for name, group in data.groupby("critic", sort=False):
+            spots = [(at, *interval(some[y])) for at, some in group.groupby(x)]
+            xs, mean, low, high = zip(*spots, strict=True)
+            axis.plot(xs, mean, **{"label": name} | looks[name] | more)
             if band:
-                axis.fill_between(xs, low, high, color=colors[name], alpha=0.06, lw=0)
+                axis.fill_between(xs, low, high, color=looks[name]["color"], alpha=0.06, lw=0)
 
-    lines(axes[0, 0], final, "noise", "explained_variance")
-    lines(axes[0, 1], final, "noise", "r_squared")
-    lines(axes[1, 0], early, "rollouts", "r_squared")
-    lines(axes[1, 1], passes, "passes", "r_squared", band=False)
-    lines(axes[1, 1], passes, "passes", "noise_fitted", band=False, ls="--")
-    plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])["r_squared"]
-    others = [name for name in CRITICS if name != "plain" and name in set(final["critic"])]
+    def error(axis, x, y, name: str, **reach) -> None:
+        look = looks[name] | {"ls": ""}
+        axis.errorbar(x, y, **reach, **look, capsize=2, lw=1)
+
+    lines(axes[0], final, "noise", "explained_variance")
+    lines(axes[1], final, "noise", "r_squared")
+    lines(axes[3], early, "rollouts", "r_squared")
+    lines(axes[4], passes, "passes", "r_squared", band=False)
+    lines(axes[4], passes, "passes", "noise_fitted", band=False, ls=":", label=None)
+    scores = final.set_index(["noise", "seed"])
+    plain = scores[scores["critic"] == "plain"]["r_squared"]
+    others = [name for name in dict.fromkeys(final["critic"]) if name != "plain"]
     for i, name in enumerate(others):
-        series = final[final["critic"] == name].set_index(["noise", "seed"])["r_squared"]
-        for rate, values in (series - plain).dropna().groupby(level="noise"):
+        change = (scores[scores["critic"] == name]["r_squared"] - plain).dropna()
+        for rate, values in change.groupby(level="noise"):
             mean, low, high = interval(values)
             x = rate + 0.009 * (i - (len(others) - 1) / 2)
-            axes[0, 2].errorbar(
-                x,
-                mean,
-                yerr=[[mean - low], [high - mean]],
-                fmt="o",
-                ms=3,
-                capsize=2,
-                color=colors[name],
-            )
-    axes[0, 2].axhline(0, color="grey", lw=0.8)
-    table = parts.pivot_table(index="setting", columns="seed", values="r_squared", sort=False)
-    rows = (
-        table.sub(table.loc["default"]).drop(index="default") if "default" in table.index else table
-    )[::-1]
+            error(axes[2], x, mean, name, yerr=[[mean - low], [high - mean]])
+    parts = parts_of_vrpo(frame)
+    rows = parts.pivot_table(index="setting", columns="seed", values="r_squared", sort=False)
+    if "default" in rows.index:
+        rows = rows.sub(rows.loc["default"]).drop(index="default")[::-1]
     for i, (_, values) in enumerate(rows.iterrows()):
         mean, low, high = interval(values)
-        axes[1, 2].errorbar(
-            mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colors["VRPO"], capsize=3
-        )
-    axes[1, 2].axvline(0, color="grey", lw=0.8)
-    axes[1, 2].set_yticks(range(len(rows)), list(rows.index), fontsize=8)
-    rate, count = "rate of flipped rewards", "rollouts (noise 0.2)"
-    titles = [
-        ("explained variance of clean returns", rate), ("R², clean returns", rate), ("R²: difference from the plain critic", rate),
-        ("R², clean returns", count), ("R² (solid) and noise fitted (dashed)", "passes over 1,280 rollouts (noise 0.2)"),
-        ("parts of VRPO: difference in R² from the default", "noise 0.2"),
-    ]  # fmt: skip
-    for axis, (title, xlabel) in zip(axes.flat, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(xlabel, fontsize=9)
-        axis.grid(alpha=0.3)
-    if others:
-        axes[0, 0].legend(fontsize=8)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+        error(axes[5], mean, i, "VRPO", xerr=[[mean - low], [high - mean]])
+    axes[2].axhline(0, color="0.3", lw=0.8)
+    axes[5].axvline(0, color="0.3", lw=0.8)
+    axes[5].set_yticks(range(len(rows)), list(rows.index))
+    flips, passes = "share of flipped rewards", "passes over 1,280 rollouts, 20 % flipped"
+    style.name(axes[0], "explained variance of clean returns", flips)
+    style.name(axes[1], "R² of clean returns", flips)
+    style.name(axes[2], "R²: difference from the plain critic", flips)
+    style.name(axes[3], "R² of clean returns", "rollouts, 20 % flipped")
+    style.name(axes[4], "R² (solid) and noise fitted (dotted)", passes)
+    style.name(axes[5], "parts of VRPO: difference in R² from the default", "20 % flipped")
+    style.legend(figure, axes)
+    return figure
 
 
 @dataclass
 class Args:
-    parts: tuple[Literal["tuning", "noise", "vrpo", "passes"], ...] = (
-        "tuning",
-        "noise",
-        "vrpo",
-        "passes",
-    )
+    parts: tuple[Literal["tuning", "noise", "vrpo", "passes"], ...] = PARTS
     """what to do"""
     critics: tuple[str, ...] = field(default_factory=lambda: tuple(CRITICS))
     """of these"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of rollouts, flips, order and initial weights (tuning has its own)"""
-    channel: str = "symmetric"
+    channel: str = WHERE["noise"]
     """--noise of the scripts, at the rates of the part"""
-    model: str = "assets/tiny_math"
+    model: str = WHERE["model"]
     """policy whose rollouts are valued"""
-    dataset: str = "assets/data/tiny_math"
+    dataset: str = WHERE["dataset"]
     """its problems"""
     workers: int = 2
     """fits at a time, one thread each"""
@@ -637,54 +502,57 @@ class Args:
     """one row for each measurement"""
     report: bool = False
     """only make the tables and the figure again"""
-    tokens: bool = False
-    """only write the token records of every critic for `python -m utils.tokens`"""
-    tokens_noise: float = 0.2
-    """rate of flips for --tokens"""
 
 
-KEY = ["part", "critic", "setting", "noise", "seed", "digest"]
+def results(out: Path) -> pd.DataFrame:
+    if not out.exists():
+        return pd.DataFrame(columns=KEY)
+    return pd.read_csv(out, dtype={"setting": str, "digest": str}).fillna({"setting": ""})
+
+
+def save(out: Path, rows: list[dict]) -> None:
+    frame = pd.concat([results(out), pd.DataFrame(rows)], ignore_index=True)
+    write_atomically(out, frame.to_csv(index=False, float_format="%.5f"))
+
+
+def read(file: Path) -> list[dict]:
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def task(job: Fit, where: dict, out: Path) -> Task:
+    *names, made_by = key(job, where)
+    file = CACHE / f"{job.part}-{job.critic}-{made_by}.json"
+    call, log = (fit_to, file, job, where), file.with_suffix(".log")
+    return Task(" ".join(map(str, names)), call, log, partial(read, file), partial(save, out))
+
+
+def present(frame: pd.DataFrame, seeds: tuple[int, ...], where: dict = WHERE) -> pd.DataFrame:
+    """The rows of the present flags, by critic."""
+    keys = {key(job, where) for job in fits(seeds)}
+    frame = frame[[row in keys for row in map(tuple, frame[KEY].to_numpy())]]
+    order = frame["critic"].map(list(CRITICS).index)
+    return frame.iloc[order.argsort(kind="stable")]
 
 
 def main(args: Args) -> None:
     os.chdir(ROOT)
     if unknown := set(args.critics) - set(CRITICS):
         stop(f"--critics {' '.join(unknown)}: there are {', '.join(CRITICS)}")
-    if args.tokens:
-        return write_tokens(args)
-    where = (args.channel, args.model, args.dataset)
-    keys = {
-        (*(getattr(job, key) for key in KEY[:-1]), digest(job, *where)): job
-        for job in fits(args.seeds)
-    }
-    frame = pd.DataFrame(columns=KEY)
-    if args.out.exists():
-        frame = pd.read_csv(args.out, dtype={"setting": str}).fillna({"setting": ""})
-    done = set(map(tuple, frame[KEY].to_numpy()))
-    wanted = {
-        key: job
-        for key, job in keys.items()
-        if job.part in args.parts and job.critic in args.critics
-    }
-    jobs = [job for key, job in wanted.items() if key not in done and not args.report]
-    context, failed = multiprocessing.get_context("spawn"), []
-    with (
-        ProcessPoolExecutor(args.workers, context) as pool,
-        Progress(console=Console(stderr=True)) as progress,
-    ):
-        bar = progress.add_task("fits", total=len(jobs))
-        futures = {pool.submit(fit_rows, job, *where): job for job in jobs}
-        for future in as_completed(futures):
-            if future.exception():
-                failed.append(f"{futures[future]}: {future.exception()}")
-                continue
-            frame = pd.concat([frame, pd.DataFrame(future.result())], ignore_index=True)
-            write_atomically(args.out, frame.to_csv(index=False, float_format="%.5f"))
-            progress.advance(bar)
-    present = [key in keys for key in map(tuple, frame[KEY].to_numpy())]
-    if not any(present):
+    where = {"noise": args.channel, "model": args.model, "dataset": args.dataset}
+    done, failed = set(map(tuple, results(args.out)[KEY].to_numpy())), []
+    jobs = [job for job in fits(args.seeds) if key(job, where) not in done]
+    jobs = [job for job in jobs if job.part in args.parts and job.critic in args.critics]
+    if not args.report:
+        failed = make([task(job, where, args.out) for job in jobs], CACHE, args.workers)
+    frame = present(results(args.out), args.seeds, where)
+    if frame.empty:
         stop(f"{args.out}: no rows of the present flags")
-    report(frame[present], args.out)
+    sections = report(frame)
+    args.out.with_suffix(".md").write_text("\n".join(sections))
+    style.save(draw(frame), args.out.with_suffix(".png"))
+    if args.out == RESULTS / "critic_study.csv":
+        renew("critic_study", shown(sections))
+    print("\n".join(sections))
     if failed:
         stop("\n".join(failed))
 

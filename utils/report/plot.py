@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from utils.errors import stop
+from utils.report import style
 
 PANELS = {
     "eval/accuracy": "clean held-out accuracy (greedy)",
@@ -28,6 +29,7 @@ PANELS = {
     "eval/turns": "turns of held-out dialogues",
     "sampled/impatient": "sampled dialogues that the user broke off",
 }
+NAMES = ("seed", "run_name", "track", "wandb_project")  # flags that make no other run of it
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
@@ -45,79 +47,56 @@ def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
     return flags, series
 
 
+def label_of(flags: dict, runs: list[dict]) -> str:
+    """The method, and the flags that have another value here than in most of the runs."""
+    words = [style.method_of(flags)]
+    for key in sorted(flags.keys() - {"script", "advantage"}):
+        values = [run[key] for run in runs if key in run]
+        if 2 * values.count(flags[key]) <= len(values):
+            words.append(f"{key.replace('_', ' ')} {flags[key]}")
+    return ", ".join(words)
+
+
 def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANELS) -> Path:
     """Draw `panels` (metric: title) against episodes. Runs whose flags differ in nothing but the
     seed make one line, the mean, in a band from the lowest to the highest. Returns `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups: dict[str, list] = defaultdict(list)
     for folder in folders:
         flags, series = read_run(Path(folder))
-        same = {
-            k: v
-            for k, v in flags.items()
-            if k not in ("seed", "run_name", "track", "wandb_project")
-        }
-        groups[json.dumps(same, sort_keys=True)].append((flags, series))
+        same = {key: value for key, value in flags.items() if key not in NAMES}
+        groups[json.dumps(same, sort_keys=True)].append(series)
     flags_of = [json.loads(key) for key in groups]
-    varied = {k for f in flags_of for k in f if any(k in g and g[k] != f[k] for g in flags_of)} - {
-        "script"
-    }
-    panels = {
-        key: title
-        for key, title in panels.items()
-        if any(s.get(key) for g in groups.values() for _, s in g)
-    }
-    colors = [
-        f"C{i}" for i in range(len(groups))
-    ]  # a method keeps its colour where it has no curve in a panel
+    members = list(groups.values())
+    panels = {k: title for k, title in panels.items() if any(s.get(k) for g in members for s in g)}
     if not panels:
         stop("none of these metrics is in any of the runs")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.1 * rows), squeeze=False, layout="constrained"
-    )
-    for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
-        for color, flags, members in zip(colors, flags_of, groups.values(), strict=False):
-            script = (
-                flags["script"]
-                .removesuffix("_baseline")
-                .removesuffix("_math")
-                .removesuffix("_dialogue")
-            )
-            label = " ".join([script, *(f"{k}={flags[k]}" for k in sorted(varied) if k in flags)])
-            curves = [series[key] for _, series in members if series.get(key)]
+    labels = [label_of(flags, flags_of) for flags in flags_of]
+    labels = [
+        f"{label} ({flags['script']})" if labels.count(label) > 1 else label
+        for label, flags in zip(labels, flags_of, strict=True)
+    ]
+    looks = style.looks(dict(zip(labels, map(style.method_of, flags_of), strict=True)))
+    figure, axes = style.panels(len(panels), 3, (4.2, 3.0))
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for (label, look), group in zip(looks.items(), members, strict=True):
+            curves = [series[key] for series in group if series.get(key)]
             if not curves:
                 continue
-            x = sorted(set.intersection(*(set(c) for c in curves)))
-            values = [[c[e] for c in curves] for e in x]
-            mean, low, high = (
-                [f(v) for v in values] for f in (lambda v: sum(v) / len(v), min, max)
-            )
-            label += f" ({len(curves)} seeds)" if len(curves) > 1 else ""
-            axis.plot(
-                x, mean, marker="o" if len(x) < 20 else None, markersize=3, color=color, label=label
-            )
+            x = sorted(set.intersection(*map(set, curves)))
+            values = [[curve[at] for curve in curves] for at in x]
+            seeds, mean = f" ({len(curves)} seeds)", [sum(v) / len(v) for v in values]
+            look = look | {"label": label + seeds * (len(curves) > 1)}
+            axis.plot(x, mean, markevery=max(1, len(x) // 8), **look)
             if len(curves) > 1:
-                axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("episodes", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
+                low, high = list(map(min, values)), list(map(max, values))
+                axis.fill_between(x, low, high, color=look["color"], alpha=0.1, lw=0)
+        style.name(axis, title, "episodes")
         if key.startswith("critic/explained_variance"):
             axis.axhline(0, color="grey", lw=0.8)
             axis.set_ylim(bottom=max(axis.get_ylim()[0], -1.0))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return out
+    if len(groups) > 1:
+        style.legend(figure, axes)
+    return style.save(figure, out)
 
 
 @dataclass
@@ -134,4 +113,4 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if not args.runs:
         stop("give at least one run directory")
-    print(plot_runs(args.runs, args.out, {key: key for key in args.metrics} or PANELS))
+    print(plot_runs(args.runs, args.out, {k: PANELS.get(k, k) for k in args.metrics} or PANELS))
