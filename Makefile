@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEMO_FLAGS := --beta 0.01 --token-ratio 0.8 --updates 24
 
-.PHONY: demo test check format model
+.PHONY: demo test check format model docs
 
 demo: $(VENV)/installed
 	$(PYTHON) vrpo_math.py $(DEMO_FLAGS)
@@ -24,6 +24,10 @@ model: $(VENV)/installed
 	$(PYTHON) -m assets.make.tiny_science
 	$(PYTHON) -m assets.make.tiny_dialogue
 	$(PYTHON) -m utils.reward_model --device cpu
+
+docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet zensical==0.0.73 l2m4m==1.0.4
+	$(VENV)/bin/zensical build --clean --strict
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)

@@ -1,5 +1,5 @@
-"""Every data set of the README's table, read from a made-up file with its columns; options, their
-shuffling, what is refused."""
+"""Every data set of the table in docs/real-models.md, read from a made-up file with its columns;
+options, their shuffling, what is refused."""
 
 import json
 import re
@@ -48,9 +48,11 @@ FLAGS = SimpleNamespace(question_column=None, answer_column=None, choices_column
 
 
 def table() -> dict[str, list[str]]:
-    """The README's rows by id: their cells."""
+    """The rows of the page by id: their cells."""
     rows = re.findall(
-        r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.M
+        r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$",
+        (ROOT / "docs" / "real-models.md").read_text(),
+        flags=re.M,
     )
     return {
         name: [cell.strip() for cell in cells.split(" | ")]
@@ -59,7 +61,7 @@ def table() -> dict[str, list[str]]:
     }
 
 
-def test_the_table_of_the_readme_is_the_one_in_the_code():
+def test_the_table_of_the_page_is_the_one_in_the_code():
     assert table().keys() == DATASETS.keys() == ROWS.keys()
     for name, (config, train, test, columns, gated, command) in table().items():
         source = DATASETS[name]
