@@ -79,7 +79,7 @@ def hunks(a: list[str], b: list[str], i: range, j: range) -> list[list[tuple[str
 
 
 def sections(page: dict, a: list[str], b: list[str]) -> list[tuple[dict, list]]:
-    """[(note, its pairs)] in the page's order; last the pairs without a note, most of them equal."""
+    """[(note, its pairs)] in the page's order; last the pairs that have no note."""
     every = pairs(a, b)
     differ = {name for name, i, j in every if hunks(a, b, i, j)}
     noted = [name for note in page["note"] for name in note["units"]]
@@ -102,7 +102,11 @@ def markdown(page: dict) -> str:
     """The lesson as GitHub shows it: every note above its diff."""
     a, b = read(page["parent"]), read(page["child"])
     names = [f"[{p['name']}]({p['file']}.md)" if p != page else p["name"] for p in pages()]
-    out = [f"# {page['title']}\n\n{page['lead']}\n\nLessons: {' · '.join(names)}"]
+    side = f"`python -m docs.build_lesson`, then open docs/site/{page['file']}.html"
+    out = [
+        f"# {page['title']}\n\n{page['lead']}\n",
+        f"Lessons: {' · '.join(names)}. Side by side in a browser: {side}.",
+    ]
     for count, (note, parts) in enumerate(sections(page, a, b)[:-1], 1):
         out.append(f"\n## {count}. {note['title']}\n\n{note['note'].strip()}\n\n```diff")
         for name, i, j in parts:
@@ -134,7 +138,9 @@ def website(page: dict) -> str:
 
     def fold(label: str, i: range, j: range) -> str:
         summary = f"<summary>{label}{len(i)} equal line{'s' * (len(i) > 1)}</summary>"
-        return f"<details>{summary}{both('equal', i, j)}</details>" if i else ""
+        if len(i) < 2 and not label:
+            return both("equal", i, j) if i else ""
+        return f"<details>{summary}{both('equal', i, j)}</details>"
 
     for count, (note, parts) in enumerate(sections(page, a, b), 1):
         title = f"{count}. {html.escape(note['title'])}"
