@@ -42,7 +42,7 @@ def units(lines: list[str]) -> dict[str, range]:
                 ends[f"{name}.{part.name}" if hasattr(part, "name") else name] = part.end_lineno
             continue
         for i in range(node.lineno, node.end_lineno if name == "main" else 0):
-            if step := re.match(r" +# --- [\d.]+ ([^:]+?)(:| -)", lines[i]):
+            if step := re.match(r" +# --- [\d.]+ ([^:]+?)(:| -|$)", lines[i]):
                 ends[name], name = i, f"main: {step[1]}"
         ends[name] = node.end_lineno
     for i, line in enumerate(lines):
