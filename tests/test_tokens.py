@@ -1,6 +1,9 @@
 """The pages that show what a critic sees, token by token."""
 
 import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -32,23 +35,49 @@ def test_transcripts_hold_every_token(run_main):
     )
 
 
+class Page(HTMLParser):
+    """A page taken apart: texts by tag, classes, attributes of the tokens, all tags."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.texts, self.classes, self.boxes, self.open = set(), {}, [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        self.open += [tag] if tag not in ("input", "meta") else []
+        self.classes.append(attrs.get("class"))
+        self.texts.setdefault(tag, []).append("")
+        self.boxes += [attrs] if tag == "i" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1] in self.texts:
+            self.texts[self.open[-1]][-1] += data
+
+
 def test_page_and_picture(run_main, tmp_path):
-    """A line for every run and colour; GRPO has no values; questions with a wrong reward come
-    first."""
+    """One line for every run, in all colours at once; GRPO has no values; questions with a wrong
+    reward come first."""
     runs = [run_main(name, **FLAGS) for name in ("ppo_baseline", "grpo_baseline")]
     out = tmp_path / "tokens.html"
-    tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1))
-    page = out.read_text()
-    assert (
-        page.count("<h3>") == 2
-        and page.count("<td>ppo_baseline<br>") == 6
-        and page.count("<td>grpo_baseline<br>") == 4
-    )
-    assert "title='values" in page and (
-        "observed 1, true 0" in page or "observed 0, true 1" in page
-    )
-    assert (tmp_path / "tokens.png").stat().st_size > 5000
+    tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1, color="entropy"))
+    page = Page(out.read_text())
+    assert len(page.texts["h2"]) == 2 and page.texts["b"] == ["ppo_baseline", "grpo_baseline"] * 2
+    assert page.texts["label"] == [" entropy", " values", " advantages"]
+    assert page.classes.count("legend values") == 3  # the colour bar, and twice that GRPO has none
+    assert "told wrong" in page.classes
     groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
+    rows = [row for _, by_run in groups[:2] for row in by_run.values()]
+    assert len(page.boxes) == sum(sum(row["tokens"]["chosen"]) for row in rows)
+    for box in page.boxes:
+        shown = re.findall(r"(\w+) -?\d+\.\d{3}", box["data-numbers"])
+        assert shown in (["entropy", "values", "advantages"], ["entropy", "advantages"])
+        assert re.findall(r"--(\w+):#[0-9a-f]{6}(?:;|$)", box["style"]) == shown
+    assert (tmp_path / "tokens.png").stat().st_size > 5000
     wrong = [
         any(tokens.observed(r) != tokens.clean(r) for r in rows.values()) for _, rows in groups
     ]
@@ -56,18 +85,28 @@ def test_page_and_picture(run_main, tmp_path):
     assert [q for q, _ in groups] == list(dict.fromkeys(q for q, _ in groups))
 
 
-def test_words_are_escaped_and_user_turns_are_grey(tmp_path):
-    table = {"text": ["<b>", "hi", "&"], "chosen": [True, False, True]}
-    table |= {key: [0.1, 0.0, 0.3] for key in ("values", "advantages", "entropy", "rewards")}
-    row = {
-        "update": 1,
-        "messages": [{"role": "user", "content": "a < b?"}],
-        "tokens": table,
-        "outcome": {"accuracy": 1.0},
-    }
-    page = tokens.page([("a < b?", {"r": row})], ["values"])
-    assert "a &lt; b?" in page and "&lt;b&gt;" in page and "&amp;" in page
-    assert page.count("color:#888") == 1 and "<b>hi" not in page
+HOSTILE = "</pre><script>alert('x')</script> \" onload='y' & <b> &amp; </style>"
+
+
+def test_whatever_is_said_is_text():
+    """Question (in a dialogue it names the slots), run and tokens of both sides, escaped."""
+    table = {"text": [HOSTILE, HOSTILE + "2", "a\nb", ""], "chosen": [True, False, True, True]}
+    table |= {key: [0.1, 0.0, 0.3, 0.2] for key in ("values", "advantages", "entropy", "rewards")}
+    row = {"update": 1, "tokens": table, "outcome": {"average": 1.0}}
+    page = Page(tokens.page([(HOSTILE + "3", {HOSTILE + "4": row})], list(tokens.COLORS)))
+    known = "html meta title style header label input div span h2 b pre i"
+    assert page.tags == set(known.split())
+    assert page.texts["h2"] == [HOSTILE + "3"] and page.texts["b"] == [HOSTILE + "4"]
+    assert page.texts["i"] == [HOSTILE, "a⏎b", "·"] and HOSTILE + "2" in page.texts["span"]
+    assert all(set(box) == {"tabindex", "data-numbers", "style"} for box in page.boxes)
+
+
+def test_a_wrong_reward_is_marked():
+    """The chip says what the optimiser was told and what is true, and stands out if they differ."""
+    rows = {name: made_up("q", *pair) for name, pair in {"a": (1.0, 0.0), "b": (0.0, 0.0)}.items()}
+    page = tokens.page([("q", rows)], list(tokens.COLORS))
+    assert "<span class='told wrong'>told 1, truth 0</span>" in page
+    assert "<span class='told'>told 0, truth 0</span>" in page
 
 
 def test_what_cannot_be_shown_is_said(run_main, tmp_path):
@@ -83,6 +122,9 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
         tokens.pick({"a": {1: {}}, "b": {2: {}}}, None, 3)
     with pytest.raises(SystemExit, match="at least one run"):
         tokens.main(tokens.Args())
+    for name in ("page.png", "page"):  # the picture would take the page's place
+        with pytest.raises(SystemExit, match=f"--out {name}: give a name that ends in .html"):
+            tokens.main(tokens.Args(runs=(run,), out=Path(name)))
     rows = records(run)
     for row in rows:
         row["messages"][0]["content"] += " And why?"
@@ -100,6 +142,10 @@ def test_names_are_what_differs():
         "x/a",
         "y/z/a",
     ]
+    runs = ["runs/a__s__1__20250101-093000", "runs/b__s__1__20250101-101500"]
+    assert tokens.short_names(runs) == ["a", "b"]  # when they began is told only if nothing else is
+    runs[1] = runs[1].replace("b__", "a__")
+    assert tokens.short_names(runs) == ["20250101-093000", "20250101-101500"]
     assert tokens.short_names(["runs/a"]) == ["a"] and tokens.short_names(["runs/a", "runs/a"]) == [
         "runs/a",
         "runs/a",
@@ -144,5 +190,5 @@ def test_odd_rows_are_shown(tmp_path):
     run = write(tmp_path / "a", rows)
     assert list(tokens.read_rows(run)[1])[1:] == ["same", "same (2)"]
     tokens.main(tokens.Args(runs=(run,), out=tmp_path / "odd.html", color="entropy"))
-    assert "observed 1, true nan" in (tmp_path / "odd.html").read_text()
+    assert "told 1, truth nan" in (tmp_path / "odd.html").read_text()
     assert (tmp_path / "odd.png").stat().st_size > 3000

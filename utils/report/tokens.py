@@ -6,6 +6,7 @@ python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
 
 import html
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -18,10 +19,36 @@ from utils.errors import stop
 
 COLORS = {"values": "RdYlGn", "advantages": "PuOr", "entropy": "Blues"}
 EXPLAINED = {
-    "values": "value: what the critic expects of the rest, from red (0 or lower) to green (1 or higher)",
-    "advantages": "whitened advantage: from orange (below) to violet (above)",
+    "values": "value: the reward that the critic expects",
+    "advantages": "advantage, whitened: above 0 the token is made more likely, below 0 less",
     "entropy": "entropy of the policy, in nats",
 }
+STYLE = """
+body { margin: 0 auto; max-width: 1100px; padding: 0 14px 60px; }
+body { font: 15px/1.45 system-ui, sans-serif; }
+header { position: sticky; top: 0; background: #fff; padding: 10px 0; }
+header { border-bottom: 1px solid #ddd; }
+label { margin-right: 16px; white-space: nowrap; }
+.legend { display: none; }
+.bar { height: 14px; max-width: 420px; margin-top: 6px; }
+.ends { display: flex; justify-content: space-between; max-width: 420px; font-size: 13px; }
+h2 { font-size: 15px; margin: 26px 0 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.run { display: grid; grid-template-columns: 13em 1fr; gap: 4px 14px; margin: 10px 0; }
+.name { overflow-wrap: anywhere; }
+.told { display: inline-block; padding: 0 8px; border: 1px solid #bbb; border-radius: 11px; }
+.told.wrong { background: #b3261e; border-color: #b3261e; color: #fff; font-weight: bold; }
+.told, small { font-size: 13px; }
+pre { margin: 0; font: 14px/24px ui-monospace, monospace; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre span { color: #777; }
+pre i { font-style: normal; padding: 2px 0; border-right: 1px solid #fff; cursor: default; }
+pre i:hover, pre i:focus { outline: 2px solid #222; }
+pre i:hover::after, pre i:focus::after {
+  content: attr(data-numbers); position: fixed; left: 0; right: 0; bottom: 0;
+  padding: 10px 14px; background: #222; color: #fff;
+}
+@media (max-width: 700px) { .run { grid-template-columns: 1fr; } }
+"""
 
 
 def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
@@ -84,7 +111,7 @@ def misjudged(row: dict) -> bool:
 
 
 def ending(row: dict) -> str:
-    return f"observed {observed(row):.3g}, true {clean(row):.3g}"
+    return f"told {observed(row):.3g}, truth {clean(row):.3g}"
 
 
 def answer(row: dict) -> list[int]:
@@ -113,46 +140,66 @@ def paint(color: str, low: float, high: float) -> Callable[[float], tuple[float,
     palette = matplotlib.colormaps[COLORS[color]]
 
     def rgb(x: float) -> tuple[float, ...]:
-        return tuple(0.35 + 0.65 * c for c in palette((x - low) / (high - low))[:3])
+        return tuple(0.45 + 0.55 * c for c in palette((x - low) / (high - low))[:3])
 
     return rgb
 
 
 def page(groups: list, colors: list[str]) -> str:
-    """The HTML: for every question, run and colour a line of tokens; their numbers appear under the
-    pointer."""
-    lines = [
-        "<!doctype html><meta charset='utf-8'><title>tokens</title>",
-        "<style>body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;margin:2px 0;font:13px monospace}",
-        "td{vertical-align:top;padding:2px 10px 2px 0}.end{font-weight:bold}h3{margin-bottom:2px}</style>",
-        "<p>" + "<br>".join(f"<b>{c}</b>: {EXPLAINED[c]}" for c in colors),
-    ]
+    """The HTML: under every question a line of tokens for each run, and a switch between colours;
+    the numbers of the token that is pointed at or touched stand at the bottom."""
     painters = {color: paint(color, *scale(color, groups)) for color in colors}
+    style, switches, legends, body = [STYLE], [], [], []
+    for color, rgb in painters.items():
+        low, high = scale(color, groups)
+        stops = ",".join(css(rgb(low + k / 8 * (high - low))) for k in range(9))
+        ends = f"<span>{low:.2f}</span>{'<span>0</span>' * (low < 0)}<span>{high:.2f}</span>"
+        checked = " checked" * (color == colors[0])
+        on = f"body:has(#{color}:checked)"
+        style.append(f"{on} pre i {{ background: var(--{color}); }}\n")
+        style.append(f"{on} .{color} {{ display: block; }}\n")
+        switches.append(f"<label><input type=radio name=color id={color}{checked}> {color}</label>")
+        legends.append(
+            f"<div class='legend {color}'><div class=bar style='background:linear-gradient(90deg,"
+            f"{stops})'></div><div class=ends>{ends}</div>{EXPLAINED[color]}</div>"
+        )
     for question, rows in groups:
-        lines.append(f"<h3>{html.escape(question)}</h3><table>")
+        body.append(f"<h2>{html.escape(question)}</h2>")
         for name, row in rows.items():
-            tokens = row["tokens"]
-            for color in colors:
-                if color not in tokens:
-                    continue
-                spans = []
-                for i in answer(row):
-                    text = html.escape(tokens["text"][i]).replace("\n", "⏎\n") or "·"
-                    if not tokens["chosen"][i]:
-                        spans.append(f"<span style='color:#888'>{text}</span>")
-                        continue
-                    numbers = ", ".join(
-                        f"{key} {tokens[key][i]:.3f}" for key in COLORS if key in tokens
-                    )
-                    r, g, b = (round(255 * c) for c in painters[color](tokens[color][i]))
-                    spans.append(
-                        f"<span title='{numbers}' style='background:rgb({r},{g},{b})'>{text}</span>"
-                    )
-                lines.append(
-                    f"<tr><td>{html.escape(name)}<br>{color}<td><pre>{''.join(spans)}</pre><td class='end'>{ending(row)}"
-                )
-        lines.append("</table>")
-    return "\n".join(lines)
+            lacks = [color for color in colors if color not in row["tokens"]]
+            body.append(
+                f"<div class=run><div class=name><b>{html.escape(name)}</b> "
+                f"<span class='told{' wrong' * misjudged(row)}'>{ending(row)}</span>"
+                + "".join(f"<small class='legend {color}'>no {color}</small>" for color in lacks)
+                + f"</div><pre>{line(row, painters)}</pre></div>"
+            )
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>tokens</title>\n"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>\n"
+        f"<style>{''.join(style)}</style>\n<header>{''.join(switches + legends)}</header>\n"
+        + "\n".join(body)
+    )
+
+
+def line(row: dict, painters: dict) -> str:
+    """An answer as HTML: for every token that the policy chose a box in all colours at once; the
+    user's words have lines of their own."""
+    tokens, parts, speaks = row["tokens"], [], True
+    for i in answer(row):
+        text = html.escape(tokens["text"][i]).replace("\n", "⏎") or "·"
+        if tokens["chosen"][i] != speaks:
+            parts.append("\n")
+        speaks = tokens["chosen"][i]
+        known = [color for color in painters if color in tokens]
+        numbers = ", ".join(f"{color} {tokens[color][i]:.3f}" for color in known)
+        boxes = ";".join(f"--{color}:{css(painters[color](tokens[color][i]))}" for color in known)
+        box = f"<i tabindex=-1 data-numbers='{numbers}' style='{boxes}'>{text}</i>"
+        parts.append(box if speaks else f"<span>{text}</span>")
+    return "".join(parts)
+
+
+def css(rgb: tuple[float, ...]) -> str:
+    return "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
 
 
 def picture(groups: list, color: str, out: Path) -> None:
@@ -236,6 +283,10 @@ def short_names(paths: list[str]) -> list[str]:
             else paths
         )
     varied = [i for i, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
+    timeless = [i for i in varied if not all(re.fullmatch(r"\d{8}-\d{6}", p[i]) for p in parts)]
+    names = ["__".join(words[i] for i in timeless) for words in parts]
+    if len(set(names)) == len(names):
+        return names
     return ["__".join(words[i] for i in varied) for words in parts]
 
 
@@ -256,12 +307,16 @@ class Args:
     rows: int = 8
     """questions; half of them with a wrong reward, where there are such"""
     color: Literal["values", "advantages", "entropy"] = "values"
-    """colour of the picture (the page has all three)"""
+    """colour of the picture, and the one with which the page opens"""
 
 
 def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
+    if args.out.suffix != ".html":
+        stop(
+            f"--out {args.out}: give a name that ends in .html (the picture beside it ends in .png)"
+        )
     names = short_names([str(folder) for folder in args.runs])
     groups = pick(
         {name: read_rows(f) for name, f in zip(names, args.runs, strict=True)},
@@ -269,7 +324,8 @@ def main(args: Args) -> None:
         args.rows,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(groups, list(COLORS)))
+    colors = sorted(COLORS, key=lambda color: color != args.color)
+    args.out.write_text(page(groups, colors), encoding="utf-8")
     picture(groups, args.color, args.out.with_suffix(".png"))
     print(f"{args.out} and {args.out.with_suffix('.png')}")
 
