@@ -127,8 +127,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
-    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
+    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
 
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
@@ -162,7 +162,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 
 
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (B, T): those of the episodes (B,), each on the last token that the policy chose."""
+    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
+    chose."""
     tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
     return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
 
@@ -178,8 +179,8 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
-    but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
+    nothing but rounding would be left, and be blown up: they give zero."""
     chosen = x[mask]
     deviation = chosen.std()
     all_equal = deviation < 1e-5 * chosen.abs().max()
@@ -218,8 +219,8 @@ class Critic(nn.Module):
         return hidden_states(self.backbone, inputs, mask)
 
     def quantiles(self, features: Tensor) -> Tensor:
-        """DVPO: theta (N, H, M) of N states, in float32 whatever the precision of the backbone; V
-        is the mean over H and M."""
+        """(19) DVPO: theta (N, H, M) of N states, in float32 whatever the precision of the
+        backbone; V is the mean over H and M."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float()).unflatten(-1, self.shape)  # DVPO
 
@@ -304,12 +305,13 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
+    --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+    """(4) Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
 
@@ -331,14 +333,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def distributional_gae(
     rewards: Tensor, quantiles: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> Tensor:
-    """A_j (B, T, M): GAE of the rewards (B, T) with the j-th quantiles (B, T, M) as values. GAE is
-    linear, so that the mean over j is GAE on the mean value."""
+    """(20) A_j (B, T, M): GAE of the rewards (B, T) with the j-th quantiles (B, T, M) as values.
+    GAE is linear, so that the mean over j is GAE on the mean value."""
     over_quantiles = torch.vmap(gae, in_dims=(None, -1, None, None, None), out_dims=-1)
     return over_quantiles(rewards, quantiles, mask, gamma, lam)
 
 
 def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
-    """A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T).
+    """(5) A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T).
     DVPO: the mean over quantiles is for the policy; every quantile, `target_quantiles` (B, T, M),
     for the critic."""
     quantiles, mask = batch["quantiles"], batch["mask"]
@@ -354,8 +356,8 @@ def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[T
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
-    and statistics."""
+    """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
+    2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -369,7 +371,7 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
     (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
@@ -387,7 +389,7 @@ def squares_below(x: Tensor, t: Tensor) -> Tensor:
 
 
 def quantile_loss(theta: Tensor, target: Tensor, kappa: float) -> Tensor:
-    """L_qr: quantile Huber loss |tau_i - 1{u < 0}| L_kappa(u) / kappa, u = target_k - theta_i,
+    """(21) L_qr: quantile Huber loss |tau_i - 1{u < 0}| L_kappa(u) / kappa, u = target_k - theta_i,
     tau_i = (i - 1/2) / M, mean over all pairs (Dabney et al. 2018). Of u > 0, L_kappa(u) is
     (u^2 - relu(u - kappa)^2) / 2, hence the sums of squares."""
     heads, count = theta.shape[1:]
@@ -399,8 +401,8 @@ def quantile_loss(theta: Tensor, target: Tensor, kappa: float) -> Tensor:
 
 
 def consistency_loss(theta: Tensor) -> Tensor:
-    """L_cons: mean of (theta_a - theta_b)^2 over pairs of heads and quantiles, which is twice the
-    variance over heads."""
+    """(22) L_cons: mean of (theta_a - theta_b)^2 over pairs of heads and quantiles, which is twice
+    the variance over heads."""
     if theta.shape[1] == 1:
         return torch.zeros_like(theta[:, 0, 0])
     return 2 * theta.var(1).mean(-1)
@@ -413,33 +415,33 @@ def tails(theta: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def cvar_loss(theta: Tensor, target: Tensor, share: float) -> Tensor:
-    """L_cvar: squared error of the lower tail's mean."""
+    """(23) L_cvar: squared error of the lower tail's mean."""
     low, target_low = tails(theta, share)[0], tails(target, share)[0]
     return ((low.mean(-1) - target_low.mean(-1)) ** 2).mean(1)
 
 
 def gain_loss(theta: Tensor, target: Tensor, share: float) -> Tensor:
-    """L_gain: squared error of the upper tail's mean."""
+    """(23) L_gain: squared error of the upper tail's mean."""
     high, target_high = tails(theta, share)[1], tails(target, share)[1]
     return ((high.mean(-1) - target_high.mean(-1)) ** 2).mean(1)
 
 
 def shift_loss(theta: Tensor, target: Tensor) -> Tensor:
-    """L_shift: how far the mean lies below the target's; to lie above costs nothing."""
+    """(24) L_shift: how far the mean lies below the target's; to lie above costs nothing."""
     return (target.mean(-1) - theta.mean(-1)).relu().mean(1)
 
 
 def shape_loss(theta: Tensor, target: Tensor, share: float) -> Tensor:
-    """L_shape: noise may not widen the lower tail beyond the target's variance, caution not narrow
-    the upper one below it."""
+    """(25) L_shape: noise may not widen the lower tail beyond the target's variance, caution not
+    narrow the upper one below it."""
     low, high = (tail.var(-1, correction=0) for tail in tails(theta, share))
     target_low, target_high = (tail.var(-1, correction=0) for tail in tails(target, share))
     return ((low - target_low).relu() + (target_high - high).relu()).mean(1)
 
 
 def curvature_loss(theta: Tensor, share: float) -> Tensor:
-    """L_curv: mean second difference of the quantiles where it is above zero in the lower tail,
-    below zero in the upper."""
+    """(26) L_curv: mean second difference of the quantiles where it is above zero in the lower
+    tail, below zero in the upper."""
     low, high = (tail.mean(-1) for tail in tails(theta.diff(n=2, dim=-1), share))
     return (low.relu() + (-high).relu()).mean(1)
 
@@ -581,7 +583,7 @@ def main(args: Args) -> None:
                 optimizer.step()
         clock.lap("update")
 
-        # --- 7.6 log (docs/metrics.md) ---
+        # --- 7.6 log: docs/metrics.md ---
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         quantiles = batch["quantiles"][mask]  # DVPO: what the ensemble predicts

@@ -97,8 +97,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
-    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
+    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
 
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
@@ -132,15 +132,16 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 
 
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (B, T): those of the episodes (B,), each on the last token that the policy chose."""
+    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
+    chose."""
     tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
     return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
 
 
 # GRPO: three ways to average
 def token_weights(mask: Tensor, loss_norm: str, max_tokens: int) -> Tensor:
-    """Weights (B, T) of a minibatch, however it is cut into micro-batches. They sum to one, or with
-    `constant` to the share of the B x max_tokens slots that is filled (Dr.GRPO)."""
+    """(17) Weights (B, T) of a minibatch, however it is cut into micro-batches. They sum to one, or
+    with `constant` to the share of the B x max_tokens slots that is filled (Dr.GRPO)."""
     match loss_norm:
         case "token":
             return mask / mask.sum().clamp(min=1)
@@ -156,8 +157,8 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
-    but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
+    nothing but rounding would be left, and be blown up: they give zero."""
     chosen = x[mask]
     deviation = chosen.std()
     all_equal = deviation < 1e-5 * chosen.abs().max()
@@ -228,13 +229,14 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
+    --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
 # GRPO: in place of GAE
 def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
-    """Advantages (B,) of scores (B,), the rows of a group standing together.
+    """(16) Advantages (B,) of scores (B,), the rows of a group standing together.
 
     GRPO: (r - mean) / (std + 1e-4) of the group; dr_grpo: r - mean; rloo: r - mean of the others;
     reinforce_pp: r, which main() then whitens over the tokens of the batch. But for the last, the
@@ -251,7 +253,7 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
 
 
 def correct_noise(scores: Tensor, false_negative_rate: float, false_positive_rate: float) -> Tensor:
-    """GRPO under noise: unbiased estimate of the clean reward under known error rates,
+    """(18) GRPO under noise: unbiased estimate of the clean reward under known error rates,
     (r - FP) / (1 - FP - FN) (arXiv 2510.00915)."""
     return (scores - false_positive_rate) / (1 - false_positive_rate - false_negative_rate)
 
@@ -262,8 +264,8 @@ def correct_noise(scores: Tensor, false_negative_rate: float, false_positive_rat
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
-    and statistics."""
+    """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
+    2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -277,7 +279,7 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
     (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
@@ -394,7 +396,7 @@ def main(args: Args) -> None:
                 optimizer.step()
         clock.lap("update")
 
-        # --- 7.6 log (docs/metrics.md) ---
+        # --- 7.6 log: docs/metrics.md ---
         # GRPO: the advantages of the clean rewards, to compare
         without_errors = scores + clean - corrected
         without_errors = group_advantages(without_errors, args.samples_per_prompt, args.advantage)

@@ -7,7 +7,8 @@ rest. Evaluation is always greedy, clean and held out.
 
 Where to look next: `diff ppo_baseline.py vrpo_math.py` shows what VRPO adds to the critic
 (docs/lesson.md explains every change), `diff ppo_baseline.py grpo_baseline.py` what is left when
-the critic goes. Choices that papers leave open are in docs/details.md.
+the critic goes. Choices that papers leave open are in docs/details.md; numbers such as (4) are the
+equations of docs/algorithm.md.
 
     python ppo_baseline.py                           # embedded model and data, 20 % flips
     python ppo_baseline.py --noise none --seed 2
@@ -104,8 +105,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
-    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
+    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
 
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
@@ -139,7 +140,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 
 
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (B, T): those of the episodes (B,), each on the last token that the policy chose."""
+    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
+    chose."""
     tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
     return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
 
@@ -155,8 +157,8 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
-    but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
+    nothing but rounding would be left, and be blown up: they give zero."""
     chosen = x[mask]
     deviation = chosen.std()
     all_equal = deviation < 1e-5 * chosen.abs().max()
@@ -274,12 +276,13 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
+    --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+    """(4) Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
 
@@ -298,7 +301,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
-    """A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
+    """(5) A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
     values, mask = batch["values"], batch["mask"]
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     returns = gae(rewards, values, mask, args.gamma, args.critic_lambda) + values
@@ -311,8 +314,8 @@ def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[T
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
-    and statistics."""
+    """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
+    2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -326,7 +329,7 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
     (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
@@ -335,7 +338,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> Tensor:
-    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
+    """(9) E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
     loss = (values - returns) ** 2
     if clip is not None:
         kept = old_values + (values - old_values).clamp(-clip, clip)
@@ -346,8 +349,8 @@ def value_loss(
 def critic_loss(
     critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units of
-    the variance of the returns: a constant critic has 1."""
+    """(9) The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units
+    of the variance of the returns: a constant critic has 1."""
     values = on_grid(critic.values(features), part["mask"])
     loss = value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip)
     return loss / unit, {"losses/value": loss / unit}
@@ -463,7 +466,7 @@ def main(args: Args) -> None:
                 optimizer.step()
         clock.lap("update")
 
-        # --- 7.6 log (docs/metrics.md) ---
+        # --- 7.6 log: docs/metrics.md ---
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         row = {

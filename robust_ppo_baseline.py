@@ -119,8 +119,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
-    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
+    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
 
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
@@ -154,7 +154,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 
 
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (B, T): those of the episodes (B,), each on the last token that the policy chose."""
+    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
+    chose."""
     tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
     return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
 
@@ -170,8 +171,8 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
-    but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
+    nothing but rounding would be left, and be blown up: they give zero."""
     chosen = x[mask]
     deviation = chosen.std()
     all_equal = deviation < 1e-5 * chosen.abs().max()
@@ -276,7 +277,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
 
 @torch.no_grad()
 def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
-    """What the critic says before the update: `values` (B, T).
+    """(27) What the critic says before the update: `values` (B, T).
     robust: also `heads` (B, T, K), the lowest of which the values are."""
     scores = {"values": torch.zeros_like(batch["logprobs"])}
     count = critic.head.out_features  # robust
@@ -296,7 +297,8 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
+    --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
@@ -304,7 +306,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, rho: float = 0.0
 ) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+    """(28) Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
 
@@ -326,7 +328,7 @@ def gae(
 
 
 def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
-    """A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
+    """(5) A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
     values, mask = batch["values"], batch["mask"]
     rho = args.contamination if args.worst_case == "contamination" else 0.0  # robust
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda, rho)
@@ -340,8 +342,8 @@ def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[T
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
-    and statistics."""
+    """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
+    2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -355,7 +357,7 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
     (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
@@ -364,7 +366,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> Tensor:
-    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
+    """(9) E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
     loss = (values - returns) ** 2
     if clip is not None:
         kept = old_values + (values - old_values).clamp(-clip, clip)
@@ -374,8 +376,8 @@ def value_loss(
 
 # robust: after the idea of CQL
 def conservative_gap(values: Tensor, mask: Tensor) -> Tensor:
-    """log sum exp V - mean V over the masked tokens of each episode, (B, 1), of values (B, T); 0
-    where there are none. The gradient is softmax(V) - 1 / n: it lowers the values that stand out
+    """(29) log sum exp V - mean V over the masked tokens of each episode, (B, 1), of values (B, T);
+    0 where there are none. The gradient is softmax(V) - 1 / n: it lowers the values that stand out
     and lifts the rest."""
     count = mask.sum(1, keepdim=True)
     highest = values.masked_fill(~mask, -1e9).logsumexp(1, keepdim=True)
@@ -386,8 +388,8 @@ def conservative_gap(values: Tensor, mask: Tensor) -> Tensor:
 def critic_loss(
     critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units of
-    the variance of the returns: a constant critic has 1."""
+    """(27) robust: the critic's loss on a micro-batch, from features (N, D), a mean over heads, and
+    its terms. It is in units of the variance of the returns: a constant critic has 1."""
     heads = on_grid(critic.values(features), part["mask"])  # robust: (B, T, K)
     returns, weights = part["returns"], part["weights"]
     loss = 0.0
@@ -513,7 +515,7 @@ def main(args: Args) -> None:
                 optimizer.step()
         clock.lap("update")
 
-        # --- 7.6 log (docs/metrics.md) ---
+        # --- 7.6 log: docs/metrics.md ---
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         row = {

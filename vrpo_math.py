@@ -128,8 +128,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through the
-    channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
+    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
+    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
 
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
@@ -163,7 +163,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 
 
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """Rewards (B, T): those of the episodes (B,), each on the last token that the policy chose."""
+    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
+    chose."""
     tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
     return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
 
@@ -179,8 +180,8 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers nothing
-    but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
+    nothing but rounding would be left, and be blown up: they give zero."""
     chosen = x[mask]
     deviation = chosen.std()
     all_equal = deviation < 1e-5 * chosen.abs().max()
@@ -244,8 +245,8 @@ class Critic(nn.Module):
 
     # VRPO: the mean over some samples of the code, with the nats that it costs
     def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """V, the bottleneck's KL and the mean sigma, (N,) each, of N states. V averages the decoder
-        over the code: at z = mu, an untypical point, it was never trained."""
+        """(11) V, the bottleneck's KL and the mean sigma, (N,) each, of N states. V averages the
+        decoder over the code: at z = mu, an untypical point, it was never trained."""
         with torch.autocast(features.device.type, enabled=False):
             z = features.float().unsqueeze(0)  # VRPO: (1, N, D)
             kl = sigma = torch.zeros(len(features), device=features.device)
@@ -350,12 +351,13 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times --kl-coef."""
+    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
+    --kl-coef."""
     return torch.where(mask, logprobs - ref_logprobs, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+    """(4) Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}.
 
@@ -374,7 +376,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
-    """A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
+    """(5) A (B, T), not yet whitened; and what the critic is fitted to: `returns` (B, T)."""
     values, mask = batch["values"], batch["mask"]
     advantages = gae(rewards, values, mask, args.gamma, args.gae_lambda)
     returns = gae(rewards, values, mask, args.gamma, args.critic_lambda) + values
@@ -387,8 +389,8 @@ def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[T
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al. 2017),
-    and statistics."""
+    """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
+    2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -402,7 +404,7 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
+    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
     (Schulman 2020)."""
     d = ref_logprobs - logprobs
     return weighted_sum(d.exp() - 1 - d, weights)
@@ -411,7 +413,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> Tensor:
-    """E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
+    """(9) E[(V - R)^2]; with `clip` the larger of it and the error of V kept near the rollout's."""
     loss = (values - returns) ** 2
     if clip is not None:
         kept = old_values + (values - old_values).clamp(-clip, clip)
@@ -421,13 +423,13 @@ def value_loss(
 
 # VRPO: the three terms that PPO's value loss does not have
 def gaussian_kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)) = sum of (mu^2 + sigma^2 - 1) / 2 - log sigma over the last
-    dimension, in nats."""
+    """(12) KL(N(mu, sigma^2) || N(0, I)) = sum of (mu^2 + sigma^2 - 1) / 2 - log sigma over the
+    last dimension, in nats."""
     return (0.5 * (mu**2 + (2 * log_sigma).exp() - 1) - log_sigma).sum(-1)
 
 
 def most_uncertain(uncertainty: Tensor, mask: Tensor, token_ratio: float) -> Tensor:
-    """(B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy, or
+    """(13) (B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy, or
     negative log likelihood) is above its (1 - token_ratio) quantile."""
     values = uncertainty[mask]
     ranked = values.argsort(descending=True, stable=True)
@@ -439,7 +441,7 @@ def most_uncertain(uncertainty: Tensor, mask: Tensor, token_ratio: float) -> Ten
 def semantic_losses(
     entropy: Tensor, logprobs: Tensor, entropy_weights: Tensor, perplexity_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_ent = E[H(P_V)] and L_ppl = E[-log P_V(y*)], each over its own uncertain tokens;
+    """(14) L_ent = E[H(P_V)] and L_ppl = E[-log P_V(y*)], each over its own uncertain tokens;
     P_V = softmax(W_frozen h_critic), and y* is the token that the policy chose."""
     return weighted_sum(entropy, entropy_weights), weighted_sum(-logprobs, perplexity_weights)
 
@@ -447,8 +449,8 @@ def semantic_losses(
 def critic_loss(
     critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units of
-    the variance of the returns: a constant critic has 1.
+    """(15) The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units
+    of the variance of the returns: a constant critic has 1.
     VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
     values, ib_kl, sigma = critic.values(features, samples=1)  # VRPO
     values = on_grid(values, part["mask"])
@@ -581,7 +583,7 @@ def main(args: Args) -> None:
                 optimizer.step()
         clock.lap("update")
 
-        # --- 7.6 log (docs/metrics.md) ---
+        # --- 7.6 log: docs/metrics.md ---
         clean_rewards = rewards - place_rewards(observed - clean, mask)
         without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
         active = batch["entropy_active"] | batch["perplexity_active"]  # VRPO

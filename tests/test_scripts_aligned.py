@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from utils.args import DEFAULTS, RewardArgs, RunArgs, TaskArgs
-from utils.world.goals import DOMAINS
-from utils.world.problems import Problem
-from utils.world.tasks import DialogueTask, MathTask
 
 ROOT = Path(__file__).resolve().parent.parent
 # lines at most
@@ -190,40 +187,3 @@ def test_the_rollout_is_short():
     for name in FAMILY:
         node = next(n for n in ast.parse(source(name)).body if getattr(n, "name", "") == "rollout")
         assert node.end_lineno - node.body[1].lineno + 1 <= 15
-
-
-def measured() -> set[str]:
-    """The names that the tasks' `measure` returns, those of single domains excepted."""
-    dialogue = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
-    math = MathTask([], [Problem("q", "1", [])], {})
-    names = set(dialogue.measure([(p, []) for p in dialogue.test[:6]]))
-    names |= set(math.measure([(math.test[0], ["1"])]))
-    return {name for name in names if not re.search("_(unseen|" + "|".join(DOMAINS) + ")$", name)}
-
-
-def test_metric_keys_equal_the_table_of_the_readme():
-    families = "charts|time|reward|objective|losses|critic|vrpo|dvpo|robust|grpo|eval"
-    places = [ROOT / f"{name}.py" for name in FAMILY]
-    places += [
-        ROOT / "utils" / "report" / "metrics.py",
-        ROOT / "utils" / "world" / "environment.py",
-    ]
-    written = set()
-    for place in places:
-        written |= set(re.findall(rf'"((?:{families})/\w+)"', place.read_text()))
-    written |= {f"losses/grad_norm_{group}" for group in ("policy", "critic", "head", "lm_head")}
-    written |= {
-        f"time/{lap}" for lap in re.findall(r'clock\.lap\("(\w+)"\)', source("ppo_baseline"))
-    }
-    written |= {f"eval/{name}" for name in measured()}
-    readme = (ROOT / "README.md").read_text()
-    table = set(re.findall(rf"^\| `((?:{families})/\w+)` \|", readme, flags=re.M))
-    assert written == table
-
-
-def test_readme_paths_exist():
-    """Every file that the README names is there."""
-    readme = (ROOT / "README.md").read_text()
-    files = r"(?<![\w/.-])((?:utils|tests|benchmark|assets)/[\w/.-]+\w|\w+\.py)\b"
-    named = set(re.findall(files, readme))
-    assert named and not [name for name in named if not (ROOT / name).exists()]
