@@ -10,7 +10,8 @@ Differs from ppo_baseline.py in:
  3. --loss-norm says how tokens are averaged: over the minibatch, within each episode first, or by a
     constant.
  4. With known error rates, --assumed-false-negative-rate and --assumed-false-positive-rate undo
-    their bias (arXiv 2510.00915); division by the deviation cancels that, so it goes with dr_grpo.
+    their bias (arXiv 2510.00915). Centring cancels the shift and AdamW the scale, so that nothing
+    changes but rounding (docs/details.md).
 
     python grpo_baseline.py                          # embedded model and data, 20 % flips
     python grpo_baseline.py --advantage dr_grpo --loss-norm constant
@@ -31,7 +32,7 @@ from utils.models import load_policy, pick_device, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
-from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, take
+from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, put, take
 from utils.world.environment import Environment, Episode
 
 # ==== 1. Args =====================================================================================
@@ -92,8 +93,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 #   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
 #   rewards   0  0  0  0  r  0  0       on the last token of the episode
 #
-# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the
-# grid of `targets`, (B, T).
+# This is the only shift (`pack` makes it): log-probabilities, values, rewards, advantages and
+# losses all live on the grid of `targets`, (B, T).
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
@@ -103,11 +104,11 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
     lengths = [episode.length for episode in episodes]
-    longest_quarter = sorted(lengths, reverse=True)[: max(1, len(lengths) // 4)]
+    long = sorted(lengths, reverse=True)[max(1, len(lengths) // 4) - 1]  # of the longest quarter
     observed = []
     for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
         key = (episode.problem.key, update, i)  # a coin of its own for every episode
-        flip_rate = args.noise_rate
+        flip_rate = args.noise_rate  # all there is to `symmetric`
         match args.noise:
             case "none" | "gaussian" | "majority-vote":
                 flip_rate = 0.0
@@ -120,7 +121,7 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
             case "group":  # all episodes of a prompt are misjudged together
                 key = (episode.problem.key, update)
             case "length":  # what is wrong may pass if it is long
-                if score > 0.5 or episode.length < longest_quarter[-1]:
+                if score > 0.5 or episode.length < long:
                     flip_rate = 0.0
             case "random":  # a fair coin, whatever the answer
                 flip_rate = 0.5
@@ -134,8 +135,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
     """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
     chose."""
-    tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
-    return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
+    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return torch.where(is_last, observed.unsqueeze(1), 0.0)
 
 
 # GRPO: three ways to average
@@ -152,27 +153,28 @@ def token_weights(mask: Tensor, loss_norm: str, max_tokens: int) -> Tensor:
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean."""
+    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean.
+    Elsewhere x may be infinite, and 0 * inf is NaN."""
     return torch.where(weights > 0, weights * x, 0.0).sum()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
-    nothing but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
     chosen = x[mask]
     deviation = chosen.std()
-    all_equal = deviation < 1e-5 * chosen.abs().max()
-    deviation = torch.where(all_equal, torch.inf, deviation + 1e-8)
-    return torch.where(mask, (x - chosen.mean()) / deviation, 0.0)
+    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
+        return torch.zeros_like(x)
+    return torch.where(mask, (x - chosen.mean()) / (deviation + 1e-8), 0.0)
 
 
 # ==== 3. Models: policy, frozen reference, critic =================================================
 
 
-def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on
-    the right and attention is causal, so no attention mask is needed."""
-    return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
+    by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
+    attention mask is needed."""
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
 # GRPO: no critic
@@ -218,10 +220,10 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, targets = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][part["mask"]]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
-        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
-        grid[rows, : mask.shape[1]] = on_grid(logprobs, mask)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
+        put(grid, rows, logprobs, mask)
     return grid
 
 
@@ -310,7 +312,7 @@ def main(args: Args) -> None:
     start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
 
     with precision:
-        if args.noise == "majority-vote":  # of the initial policy, in place of the references
+        if args.noise == "majority-vote":  # the initial policy's majority is the right answer
             env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
         if start == 0:
             held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
@@ -326,26 +328,26 @@ def main(args: Args) -> None:
         seed_torch(args.seed, "rollout", update)
         with precision:
             episodes = rollout(policy, env, env.problems(update), args, args.temperature)
-        batch = pack(episodes, chat.pad_id, device)
+        batch = pack(episodes, chat.pad_id, device)  # the grid, with log pi_old of the sampling
         clock.lap("rollout")
 
-        # --- 7.3 reward: the truth, which only the log sees, and what the optimiser is told ---
+        # --- 7.3 reward: the truth, the judge's word, what the optimiser is told of it ---
         clean = env.grade(episodes)  # (B,)
         with precision:
-            scores = env.score(episodes, clean)  # (B,) the judge's word
+            scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
         observed = observe(args, scores, episodes, update)  # (B,)
         # GRPO: known error rates, if any, are undone
         corrected = correct_noise(
             observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate
         )
         rewards = place_rewards(corrected, batch["mask"])  # (B, T)
-        batch["mask"] = env.counted(batch["mask"], episodes)
+        batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
         mask = batch["mask"]
 
         # --- 7.4 advantages ---
-        ref_logprobs = torch.full_like(rewards, torch.nan)
+        ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
         with precision:
-            if args.kl_coef > 0 or evaluates:  # not for a mere metric in every update
+            if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
                 ref_logprobs = reference_logprobs(reference, batch, args)
         kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
@@ -354,30 +356,33 @@ def main(args: Args) -> None:
         scores = rewards.sum(1)
         advantages = group_advantages(scores, args.samples_per_prompt, args.advantage)
         advantages = advantages.unsqueeze(1) * mask
-        batch |= {"ref_logprobs": ref_logprobs, "rewards": rewards, "advantages": advantages}
+        batch |= {"ref_logprobs": ref_logprobs, "advantages": advantages}
         if args.advantage == "reinforce_pp":
             batch["advantages"] = whiten(advantages, mask)
         clock.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---
         averages = metrics.Averages(device)
+        max_tokens = args.max_turns * args.max_new_tokens  # GRPO
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
             for rows in order.to(device).split(args.minibatch_size):
                 minibatch = take(batch, rows)
-                most = args.max_turns * args.max_new_tokens  # GRPO
-                minibatch["weights"] = token_weights(minibatch["mask"], args.loss_norm, most)
+                minibatch["weights"] = token_weights(  # GRPO
+                    minibatch["mask"], args.loss_norm, max_tokens
+                )
                 averages.new_minibatch()
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
-                    chosen, weights = part["mask"], part["weights"]
-                    targets = part["targets"][chosen]
+                    part_mask, weights = part["mask"], part["weights"]
+                    tokens = part["targets"][part_mask]
                     with precision:
-                        hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                        hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(
-                            policy.lm_head, hidden, targets, args.temperature
+                            policy.lm_head, hidden, tokens, args.temperature
                         )
-                    logprobs, entropy = on_grid(logprobs, chosen), on_grid(entropy, chosen)
+                    logprobs = on_grid(logprobs, part_mask)
+                    entropy = on_grid(entropy, part_mask)
                     policy_term, stats = policy_loss(
                         logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
@@ -398,9 +403,9 @@ def main(args: Args) -> None:
 
         # --- 7.6 log: docs/metrics.md ---
         # GRPO: the advantages of the clean rewards, to compare
-        without_errors = scores + clean - corrected
-        without_errors = group_advantages(without_errors, args.samples_per_prompt, args.advantage)
-        without_errors = without_errors.unsqueeze(1) * mask
+        clean_scores = scores + clean - corrected
+        clean_advantages = group_advantages(clean_scores, args.samples_per_prompt, args.advantage)
+        clean_advantages = clean_advantages.unsqueeze(1) * mask
         groups = scores.view(-1, args.samples_per_prompt)
         row = {
             **metrics.of_update(clock, averages, optimizer, episodes, update),
@@ -408,7 +413,9 @@ def main(args: Args) -> None:
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": metrics.advantage_noise(advantages, without_errors, mask),
+            "objective/advantage_noise": metrics.advantage_noise(
+                advantages, clean_advantages, mask
+            ),
             # GRPO: what there is of a baseline to look at
             "grpo/zero_variance_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
         }
@@ -419,7 +426,7 @@ def main(args: Args) -> None:
                 held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
             row |= env.evaluate(held_out)
             run.samples(update, env.show(held_out))
-            run.transcripts(update, env.transcripts(episodes, batch))
+            run.transcripts(update, env.transcripts(episodes, batch | {"rewards": rewards}))
         run.log(update, row)
         run.checkpoint(update, policy, critic, optimizer, env)
 

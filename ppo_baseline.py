@@ -2,7 +2,7 @@
 
 A causal LM (the policy) answers questions; a rule says whether the final answer is right; a noise
 channel corrupts what the optimiser is told of it; a critic of the policy's own architecture learns
-the value of every token; generalised advantage estimation and the clipped objective of PPO do the
+the value of every state; generalised advantage estimation and the clipped objective of PPO do the
 rest. Evaluation is always greedy, clean and held out.
 
 Where to look next: `diff ppo_baseline.py vrpo_math.py` shows what VRPO adds to the critic
@@ -29,7 +29,7 @@ from utils.models import load_policy, pick_device, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
-from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, take
+from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, put, take
 from utils.world.environment import Environment, Episode
 
 # ==== 1. Args =====================================================================================
@@ -100,8 +100,8 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 #   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
 #   rewards   0  0  0  0  r  0  0       on the last token of the episode
 #
-# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the
-# grid of `targets`, (B, T).
+# This is the only shift (`pack` makes it): log-probabilities, values, rewards, advantages and
+# losses all live on the grid of `targets`, (B, T).
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
@@ -111,11 +111,11 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
     lengths = [episode.length for episode in episodes]
-    longest_quarter = sorted(lengths, reverse=True)[: max(1, len(lengths) // 4)]
+    long = sorted(lengths, reverse=True)[max(1, len(lengths) // 4) - 1]  # of the longest quarter
     observed = []
     for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
         key = (episode.problem.key, update, i)  # a coin of its own for every episode
-        flip_rate = args.noise_rate
+        flip_rate = args.noise_rate  # all there is to `symmetric`
         match args.noise:
             case "none" | "gaussian" | "majority-vote":
                 flip_rate = 0.0
@@ -128,7 +128,7 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
             case "group":  # all episodes of a prompt are misjudged together
                 key = (episode.problem.key, update)
             case "length":  # what is wrong may pass if it is long
-                if score > 0.5 or episode.length < longest_quarter[-1]:
+                if score > 0.5 or episode.length < long:
                     flip_rate = 0.0
             case "random":  # a fair coin, whatever the answer
                 flip_rate = 0.5
@@ -142,8 +142,8 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
 def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
     """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
     chose."""
-    tokens_so_far, length = mask.cumsum(1), mask.sum(1, keepdim=True)
-    return torch.where(mask & (tokens_so_far == length), observed.unsqueeze(1), 0.0)
+    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return torch.where(is_last, observed.unsqueeze(1), 0.0)
 
 
 def token_weights(mask: Tensor) -> Tensor:
@@ -152,27 +152,28 @@ def token_weights(mask: Tensor) -> Tensor:
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean."""
+    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean.
+    Elsewhere x may be infinite, and 0 * inf is NaN."""
     return torch.where(weights > 0, weights * x, 0.0).sum()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
-    nothing but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
     chosen = x[mask]
     deviation = chosen.std()
-    all_equal = deviation < 1e-5 * chosen.abs().max()
-    deviation = torch.where(all_equal, torch.inf, deviation + 1e-8)
-    return torch.where(mask, (x - chosen.mean()) / deviation, 0.0)
+    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
+        return torch.zeros_like(x)
+    return torch.where(mask, (x - chosen.mean()) / (deviation + 1e-8), 0.0)
 
 
 # ==== 3. Models: policy, frozen reference, critic =================================================
 
 
-def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on
-    the right and attention is causal, so no attention mask is needed."""
-    return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
+    by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
+    attention mask is needed."""
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
 class Critic(nn.Module):
@@ -187,12 +188,6 @@ class Critic(nn.Module):
         self.head = nn.Linear(policy.lm_head.in_features, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor | None) -> Tensor:
-        """Hidden states (N, D) from which the value is read."""
-        if self.backbone is None:
-            return policy_hidden
-        return hidden_states(self.backbone, inputs, mask)
 
     def values(self, features: Tensor) -> Tensor:
         """V (N,) of N states, in float32 whatever the precision of the backbone."""
@@ -220,7 +215,7 @@ def schedule(optimizer: torch.optim.Optimizer, update: int, args: Args) -> None:
         share = 1.0 - (update - 1) / args.updates
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]] * share
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in optimizer.param_groups[0]["params"]:  # the policy's
         parameter.requires_grad_(update > args.critic_warmup)
 
 
@@ -251,24 +246,23 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, targets = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][part["mask"]]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
-        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
-        grid[rows, : mask.shape[1]] = on_grid(logprobs, mask)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
+        put(grid, rows, logprobs, mask)
     return grid
 
 
 @torch.no_grad()
 def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
     """What the critic says before the update: `values` (B, T)."""
+    backbone = policy.get_decoder() if critic.backbone is None else critic.backbone
     scores = {"values": torch.zeros_like(batch["logprobs"])}
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, hidden = part["mask"], None
-        if critic.backbone is None:
-            hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-        features = critic.features(part["inputs"], mask, hidden)
+        mask = part["mask"]
+        features = hidden_states(backbone, part["inputs"], mask)
         values = critic.values(features)
-        scores["values"][rows, : mask.shape[1]] = on_grid(values, mask)
+        put(scores["values"], rows, values, mask)
     return scores
 
 
@@ -347,13 +341,13 @@ def value_loss(
 
 
 def critic_loss(
-    critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
+    critic: Critic, features: Tensor, part: Batch, return_variance: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(9) The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units
-    of the variance of the returns: a constant critic has 1."""
+    """(9) E[(V - R)^2] / Var(R) of a micro-batch, from features (N, D): about 1 for the best
+    constant. And its terms, for the log."""
     values = on_grid(critic.values(features), part["mask"])
     loss = value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip)
-    return loss / unit, {"losses/value": loss / unit}
+    return loss / return_variance, {"losses/value": loss / return_variance}
 
 
 # ==== 7. Main loop ================================================================================
@@ -380,7 +374,7 @@ def main(args: Args) -> None:
     start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
 
     with precision:
-        if args.noise == "majority-vote":  # of the initial policy, in place of the references
+        if args.noise == "majority-vote":  # the initial policy's majority is the right answer
             env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
         if start == 0:
             held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
@@ -396,31 +390,32 @@ def main(args: Args) -> None:
         seed_torch(args.seed, "rollout", update)
         with precision:
             episodes = rollout(policy, env, env.problems(update), args, args.temperature)
-        batch = pack(episodes, chat.pad_id, device)
+        batch = pack(episodes, chat.pad_id, device)  # the grid, with log pi_old of the sampling
         clock.lap("rollout")
 
-        # --- 7.3 reward: the truth, which only the log sees, and what the optimiser is told ---
+        # --- 7.3 reward: the truth, the judge's word, what the optimiser is told of it ---
         clean = env.grade(episodes)  # (B,)
         with precision:
-            scores = env.score(episodes, clean)  # (B,) the judge's word
+            scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
         observed = observe(args, scores, episodes, update)  # (B,)
         rewards = place_rewards(observed, batch["mask"])  # (B, T)
-        batch["mask"] = env.counted(batch["mask"], episodes)
+        batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
         mask = batch["mask"]
 
         # --- 7.4 advantages ---
         if update == 1:
-            nn.init.constant_(critic.head.bias, observed.mean().item())  # the best constant
-        ref_logprobs = torch.full_like(rewards, torch.nan)
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
+        ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
         with precision:
-            if args.kl_coef > 0 or evaluates:  # not for a mere metric in every update
+            if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
                 ref_logprobs = reference_logprobs(reference, batch, args)
             batch |= score_tokens(policy, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
-        advantages, targets = advantages_and_targets(rewards, batch, args)
-        batch |= targets | {"ref_logprobs": ref_logprobs, "rewards": rewards}
+        advantages, critic_targets = advantages_and_targets(rewards, batch, args)
+        batch |= critic_targets
+        batch["ref_logprobs"] = ref_logprobs
         batch["advantages"] = whiten(advantages, mask)
         return_variance = batch["returns"][mask].var().clamp(min=0.01)
         clock.lap("score")
@@ -435,22 +430,27 @@ def main(args: Args) -> None:
                 averages.new_minibatch()
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
-                    chosen, weights = part["mask"], part["weights"]
-                    targets = part["targets"][chosen]
+                    part_mask, weights = part["mask"], part["weights"]
+                    tokens = part["targets"][part_mask]
                     with precision:
-                        hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                        hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(
-                            policy.lm_head, hidden, targets, args.temperature
+                            policy.lm_head, hidden, tokens, args.temperature
                         )
-                        features = critic.features(part["inputs"], chosen, hidden)
+                        features = (
+                            hidden
+                            if critic.backbone is None
+                            else hidden_states(critic.backbone, part["inputs"], part_mask)
+                        )
                         critic_term, terms = critic_loss(
                             critic, features, part, return_variance, args
                         )
-                    logprobs, entropy = on_grid(logprobs, chosen), on_grid(entropy, chosen)
+                    logprobs = on_grid(logprobs, part_mask)
+                    entropy = on_grid(entropy, part_mask)
                     policy_term, stats = policy_loss(
                         logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
-                    loss = policy_term + args.value_coef * critic_term
+                    loss = policy_term + args.value_coef * critic_term  # (10)
                     loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                     if args.kl_in == "loss" and args.kl_coef > 0:
                         loss = loss + args.kl_coef * kl_loss(
@@ -468,14 +468,16 @@ def main(args: Args) -> None:
 
         # --- 7.6 log: docs/metrics.md ---
         clean_rewards = rewards - place_rewards(observed - clean, mask)
-        without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
+        clean_advantages, _ = advantages_and_targets(clean_rewards, batch, args)
         row = {
             **metrics.of_update(clock, averages, optimizer, episodes, update),
             **metrics.of_rollout(env, episodes, clean, observed),
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": metrics.advantage_noise(advantages, without_errors, mask),
+            "objective/advantage_noise": metrics.advantage_noise(
+                advantages, clean_advantages, mask
+            ),
             **metrics.of_critic(batch, rewards, clean_rewards, advantages, args.gamma),
         }
 
@@ -485,7 +487,7 @@ def main(args: Args) -> None:
                 held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
             row |= env.evaluate(held_out)
             run.samples(update, env.show(held_out))
-            run.transcripts(update, env.transcripts(episodes, batch))
+            run.transcripts(update, env.transcripts(episodes, batch | {"rewards": rewards}))
         run.log(update, row)
         run.checkpoint(update, policy, critic, optimizer, env)
 

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -36,7 +36,16 @@ from utils.models import load_policy, pick_device, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
-from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, take, turn_ends
+from utils.tensors import (
+    Batch,
+    logprobs_and_entropy,
+    micro_batches,
+    on_grid,
+    pack,
+    put,
+    take,
+    turn_ends,
+)
 from utils.world.environment import Environment, Episode
 
 # ==== 1. Args =====================================================================================
@@ -44,9 +53,9 @@ from utils.world.environment import Environment, Episode
 
 @dataclass
 class UpdateArgs:
-    updates: int = 40
+    updates: int = 30
     """updates, each of prompts-per-update x samples-per-prompt episodes"""
-    prompts_per_update: int = 64
+    prompts_per_update: int = 32
     """different prompts in an update"""
     samples_per_prompt: int = 4
     """episodes for each of them (a group, for methods and noise channels that have groups)"""
@@ -66,7 +75,7 @@ class UpdateArgs:
     """epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
-    kl_coef: float = 0.0
+    kl_coef: float = 0.05
     """weight of the KL divergence to the reference"""
     kl_in: Literal["reward", "loss"] = "reward"
     """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
@@ -96,7 +105,7 @@ class MethodArgs:
     beta: float = 0.003
     """weight of the bottleneck's KL to the prior"""
     beta_warmup: int = 10
-    """updates over which beta rises from zero: a critic that knows nothing pays for no code"""
+    """updates over which beta rises to its value, so that the critic learns before it pays"""
     latent_dim: int = 64
     """width of the latent code z"""
     bottleneck_layers: Literal[0, 1, 2] = 1
@@ -121,6 +130,10 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
     """Seed, model, data, noise and the like are in utils/args.py."""
 
     task: Literal["math", "science", "dialogue"] = "dialogue"
+    model: str = "assets/tiny_dialogue"
+    max_turns: int = 12
+    reward_model: str | None = "assets/tiny_reward"
+    noise: NOISES = "none"
 
 
 # ==== 2. Noisy reward and the grid ================================================================
@@ -129,10 +142,10 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
 #   inputs    P  P  P  a  b  E  .       = tokens[:-1]: column t is the state before token t + 1
 #   targets   P  P  a  b  E  .  .       = tokens[1:]: the token chosen there
 #   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
-#   rewards   0  0  0  0  r  0  0       dialogue: on the last token of a turn
+#   rewards   0  0  0  0  r  0  0       dialogue: on the last token of the last turn, or of each
 #
-# This is the only shift: log-probabilities, values, rewards, advantages and losses all live on the
-# grid of `targets`, (B, T).
+# This is the only shift (`pack` makes it): log-probabilities, values, rewards, advantages and
+# losses all live on the grid of `targets`, (B, T).
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
@@ -142,11 +155,11 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
     Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
     """
     lengths = [episode.length for episode in episodes]
-    longest_quarter = sorted(lengths, reverse=True)[: max(1, len(lengths) // 4)]
+    long = sorted(lengths, reverse=True)[max(1, len(lengths) // 4) - 1]  # of the longest quarter
     observed = []
     for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
         key = (episode.problem.key, update, i)  # a coin of its own for every episode
-        flip_rate = args.noise_rate
+        flip_rate = args.noise_rate  # all there is to `symmetric`
         match args.noise:
             case "none" | "gaussian" | "majority-vote":
                 flip_rate = 0.0
@@ -159,7 +172,7 @@ def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) ->
             case "group":  # all episodes of a prompt are misjudged together
                 key = (episode.problem.key, update)
             case "length":  # what is wrong may pass if it is long
-                if score > 0.5 or episode.length < longest_quarter[-1]:
+                if score > 0.5 or episode.length < long:
                     flip_rate = 0.0
             case "random":  # a fair coin, whatever the answer
                 flip_rate = 0.5
@@ -179,8 +192,8 @@ def turn_gains(scores: Tensor, observed: Tensor) -> Tensor:
 
 
 def place_rewards(gains: Tensor, mask: Tensor) -> Tensor:
-    """(32) dialogue: rewards (B, T): the gains (B, K) of the last K turns of each episode, the last
-    turn's in the last column, on the last tokens of those turns."""
+    """(32) dialogue: rewards (B, T), the gains (B, K) on the last tokens of the turns. An episode's
+    last turn is the last column: of (0, 0.2, 0.5) one with two turns has 0.2 and 0.5."""
     ends = turn_ends(mask)
     turns_to_go = ends.sum(1, keepdim=True) - ends.cumsum(1)  # 0 at the end of the last turn
     column = gains.shape[1] - 1 - turns_to_go
@@ -193,38 +206,40 @@ def token_weights(mask: Tensor) -> Tensor:
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean."""
+    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean.
+    Elsewhere x may be infinite, and 0 * inf is NaN."""
     return torch.where(weights > 0, weights * x, 0.0).sum()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(6) Mean zero and variance one over the masked tokens, zero elsewhere. Of equal numbers
-    nothing but rounding would be left, and be blown up: they give zero."""
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
     chosen = x[mask]
     deviation = chosen.std()
-    all_equal = deviation < 1e-5 * chosen.abs().max()
-    deviation = torch.where(all_equal, torch.inf, deviation + 1e-8)
-    return torch.where(mask, (x - chosen.mean()) / deviation, 0.0)
+    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
+        return torch.zeros_like(x)
+    return torch.where(mask, (x - chosen.mean()) / (deviation + 1e-8), 0.0)
 
 
 # ==== 3. Models: policy, frozen reference, critic =================================================
 
 
-def hidden_states(decoder: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N states in which the policy chose a token. Padding is on
-    the right and attention is causal, so no attention mask is needed."""
-    return decoder(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
+    by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
+    attention mask is needed."""
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
 
 
-# VRPO: h -> mu, log sigma, the parameters of a Gaussian code
+# VRPO: the encoder of a Gaussian code
 def gaussian_encoder(width: int, latent_dim: int) -> nn.Linear:
-    """It starts open, with mu of order 1 and sigma = 1/e, and closes as beta rises: close to the
-    prior the value's gradient would drown in the code's noise."""
+    """h -> (mu, log sigma), one behind the other. It starts open, with mu of order 1 and sigma of
+    1/e: close to the prior the value's gradient would drown in the code's noise."""
     encoder = nn.Linear(width, 2 * latent_dim)
-    nn.init.normal_(encoder.weight[:latent_dim], std=width**-0.5)
-    nn.init.zeros_(encoder.weight[latent_dim:])
-    nn.init.zeros_(encoder.bias[:latent_dim])
-    nn.init.constant_(encoder.bias[latent_dim:], -1.0)
+    with torch.no_grad():
+        encoder.weight[:latent_dim].normal_(std=width**-0.5)  # mu
+        encoder.weight[latent_dim:] = 0.0  # log sigma
+        encoder.bias[:latent_dim] = 0.0
+        encoder.bias[latent_dim:] = -1.0
     return encoder
 
 
@@ -238,7 +253,8 @@ class Critic(nn.Module):
         if args.critic_backbone == "separate":
             self.backbone = twin(policy.get_decoder())
         # VRPO: Gaussian layers, then a decoder of two layers; without them PPO's linear head
-        width, self.encoders = policy.lm_head.in_features, nn.ModuleList()
+        width = policy.lm_head.in_features
+        self.encoders = nn.ModuleList()
         for _ in range(args.bottleneck_layers):
             self.encoders.append(gaussian_encoder(width, args.latent_dim))
             width = args.latent_dim
@@ -249,28 +265,21 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         # VRPO: the LM head that reads the critic's hidden states, and the price of its code
-        self.lm_head = twin(policy.lm_head)
+        self.lm_head = twin(policy.lm_head).requires_grad_(False)
         if args.lm_head == "learned":
-            self.lm_head = copy.deepcopy(policy.lm_head).float()
-        self.lm_head.requires_grad_(args.lm_head == "learned")
-        self.beta = args.beta
-
-    def features(self, inputs: Tensor, mask: Tensor, policy_hidden: Tensor | None) -> Tensor:
-        """Hidden states (N, D) from which the value is read."""
-        if self.backbone is None:
-            return policy_hidden
-        return hidden_states(self.backbone, inputs, mask)
+            self.lm_head = copy.deepcopy(policy.lm_head).float().requires_grad_(True)
+        self.beta = args.beta  # rises during --beta-warmup
 
     # VRPO: the mean over some samples of the code, with the nats that it costs
     def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(11) V, the bottleneck's KL and the mean sigma, (N,) each, of N states. V averages the
+        """(11) V, the bottleneck's KL and the last layer's mean sigma, (N,) each. V averages the
         decoder over the code: at z = mu, an untypical point, it was never trained."""
         with torch.autocast(features.device.type, enabled=False):
             z = features.float().unsqueeze(0)  # VRPO: (1, N, D)
             kl = sigma = torch.zeros(len(features), device=features.device)
             for encoder in self.encoders:
                 mu, log_sigma = encoder(z).chunk(2, dim=-1)
-                log_sigma = log_sigma.clamp(-5, 2)
+                log_sigma = log_sigma.clamp(-5, 2)  # neither certain nor without bounds
                 kl = kl + gaussian_kl(mu, log_sigma).mean(0)
                 sigma = log_sigma.exp().mean((0, 2))
                 noise = torch.randn((samples, *mu.shape[1:]), device=mu.device)
@@ -286,8 +295,8 @@ def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
         groups["critic"] = trainable(critic.backbone)
     if args.lm_head == "learned":  # VRPO
         groups["lm_head"] = list(critic.lm_head.parameters())
-    head = (critic.encoders, critic.decoder, critic.head)  # VRPO
-    groups["head"] = [parameter for part in head for parameter in part.parameters()]
+    groups["head"] = [*critic.encoders.parameters(), *critic.decoder.parameters()]  # VRPO
+    groups["head"] += critic.head.parameters()
     named = [{"name": name, "params": parameters} for name, parameters in groups.items()]
     return torch.optim.AdamW(named, weight_decay=0.0, fused=True)
 
@@ -302,7 +311,7 @@ def schedule(optimizer: torch.optim.Optimizer, update: int, args: Args) -> None:
         share = 1.0 - (update - 1) / args.updates
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]] * share
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in optimizer.param_groups[0]["params"]:  # the policy's
         parameter.requires_grad_(update > args.critic_warmup)
 
 
@@ -333,10 +342,10 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, targets = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][part["mask"]]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
-        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, targets, args.temperature)
-        grid[rows, : mask.shape[1]] = on_grid(logprobs, mask)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
+        put(grid, rows, logprobs, mask)
     return grid
 
 
@@ -345,20 +354,20 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
     """What the critic says before the update: `values` (B, T).
     VRPO: also `entropy_active`, `perplexity_active` (B, T) bool, the tokens about which its LM head
     is least certain."""
+    backbone = policy.get_decoder() if critic.backbone is None else critic.backbone
     scores = {"values": torch.zeros_like(batch["logprobs"])}
-    critic_entropy, critic_nll = torch.zeros(2, *batch["mask"].shape, device=policy.device)  # VRPO
+    critic_entropy = torch.zeros_like(batch["logprobs"])  # VRPO
+    critic_nll = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, hidden = part["mask"], None
-        if critic.backbone is None:
-            hidden = hidden_states(policy.get_decoder(), part["inputs"], mask)
-        features = critic.features(part["inputs"], mask, hidden)
+        mask = part["mask"]
+        features = hidden_states(backbone, part["inputs"], mask)
         values, _, _ = critic.values(features, args.value_samples)  # VRPO
-        scores["values"][rows, : mask.shape[1]] = on_grid(values, mask)
+        put(scores["values"], rows, values, mask)
         # VRPO: the same pass tells what the LM head thinks of the tokens
-        targets = part["targets"][mask]
-        logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
-        critic_entropy[rows, : mask.shape[1]] = on_grid(entropy, mask)
-        critic_nll[rows, : mask.shape[1]] = on_grid(-logprobs, mask)
+        tokens = part["targets"][mask]
+        logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
+        put(critic_entropy, rows, entropy, mask)
+        put(critic_nll, rows, -logprobs, mask)
     # VRPO
     scores["entropy_active"] = most_uncertain(critic_entropy, batch["mask"], args.token_ratio)
     scores["perplexity_active"] = most_uncertain(critic_nll, batch["mask"], args.token_ratio)
@@ -447,8 +456,8 @@ def gaussian_kl(mu: Tensor, log_sigma: Tensor) -> Tensor:
 
 
 def most_uncertain(uncertainty: Tensor, mask: Tensor, token_ratio: float) -> Tensor:
-    """(13) (B, T) bool: the share `token_ratio` of the masked tokens whose uncertainty (entropy, or
-    negative log likelihood) is above its (1 - token_ratio) quantile."""
+    """(13) (B, T) bool: the share `token_ratio` of the masked tokens, those of the largest
+    uncertainty (entropy, or negative log likelihood)."""
     values = uncertainty[mask]
     ranked = values.argsort(descending=True, stable=True)
     active = torch.zeros_like(values, dtype=torch.bool)
@@ -465,20 +474,20 @@ def semantic_losses(
 
 
 def critic_loss(
-    critic: Critic, features: Tensor, part: Batch, unit: Tensor, args: Args
+    critic: Critic, features: Tensor, part: Batch, return_variance: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(15) The critic's loss on a micro-batch, from features (N, D), and its terms. It is in units
-    of the variance of the returns: a constant critic has 1.
-    VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl."""
-    values, ib_kl, sigma = critic.values(features, samples=1)  # VRPO
-    values = on_grid(values, part["mask"])
-    loss = value_loss(values, part["values"], part["returns"], part["weights"], args.value_clip)
-    mse = loss / unit  # VRPO
-    ib_kl = weighted_sum(on_grid(ib_kl, part["mask"]), part["weights"])
-    sigma = weighted_sum(on_grid(sigma, part["mask"]), part["weights"])
-    targets = part["targets"][part["mask"]]
-    logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, targets, 1.0)
-    logprobs, entropy = on_grid(logprobs, part["mask"]), on_grid(entropy, part["mask"])
+    """(15) VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl of a micro-batch, from
+    features (N, D), the MSE in units of Var(R). And its terms, for the log."""
+    mask, weights = part["mask"], part["weights"]
+    values, ib_kl, sigma = critic.values(features, samples=1)
+    values = on_grid(values, mask)
+    mse = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
+    mse = mse / return_variance
+    ib_kl = weighted_sum(on_grid(ib_kl, mask), weights)
+    sigma = weighted_sum(on_grid(sigma, mask), weights)
+    tokens = part["targets"][mask]
+    logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
+    logprobs, entropy = on_grid(logprobs, mask), on_grid(entropy, mask)
     ent, ppl = semantic_losses(
         entropy, logprobs, part["entropy_weights"], part["perplexity_weights"]
     )
@@ -513,7 +522,7 @@ def main(args: Args) -> None:
     start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
 
     with precision:
-        if args.noise == "majority-vote":  # of the initial policy, in place of the references
+        if args.noise == "majority-vote":  # the initial policy's majority is the right answer
             env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
         if start == 0:
             held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
@@ -530,10 +539,10 @@ def main(args: Args) -> None:
         seed_torch(args.seed, "rollout", update)
         with precision:
             episodes = rollout(policy, env, env.problems(update), args, args.temperature)
-        batch = pack(episodes, chat.pad_id, device)
+        batch = pack(episodes, chat.pad_id, device)  # the grid, with log pi_old of the sampling
         clock.lap("rollout")
 
-        # --- 7.3 reward: the truth, which only the log sees, and what the optimiser is told ---
+        # --- 7.3 reward: the truth, the judge's word, what the optimiser is told of it ---
         clean = env.grade(episodes)  # (B,)
         with precision:
             if args.reward_per == "turn":  # dialogue: (B, K), after each turn
@@ -543,23 +552,24 @@ def main(args: Args) -> None:
         observed = observe(args, scores[:, -1], episodes, update)  # (B,)
         gains = turn_gains(scores, observed)  # dialogue
         rewards = place_rewards(gains, batch["mask"])  # (B, T)
-        batch["mask"] = env.counted(batch["mask"], episodes)
+        batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
         mask = batch["mask"]
 
         # --- 7.4 advantages ---
         if update == 1:
-            nn.init.constant_(critic.head.bias, observed.mean().item())  # the best constant
+            nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
         seed_torch(args.seed, "latent", update)  # VRPO: the samples of the code
-        ref_logprobs = torch.full_like(rewards, torch.nan)
+        ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
         with precision:
-            if args.kl_coef > 0 or evaluates:  # not for a mere metric in every update
+            if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
                 ref_logprobs = reference_logprobs(reference, batch, args)
             batch |= score_tokens(policy, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
             rewards = rewards - args.kl_coef * kl
-        advantages, targets = advantages_and_targets(rewards, batch, args)
-        batch |= targets | {"ref_logprobs": ref_logprobs, "rewards": rewards}
+        advantages, critic_targets = advantages_and_targets(rewards, batch, args)
+        batch |= critic_targets
+        batch["ref_logprobs"] = ref_logprobs
         batch["advantages"] = whiten(advantages, mask)
         return_variance = batch["returns"][mask].var().clamp(min=0.01)
         clock.lap("score")
@@ -571,27 +581,33 @@ def main(args: Args) -> None:
             for rows in order.to(device).split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(minibatch["mask"])
-                for loss in ("entropy", "perplexity"):  # VRPO
-                    minibatch[f"{loss}_weights"] = token_weights(minibatch[f"{loss}_active"])
+                # VRPO: the uncertain tokens of each semantic loss
+                minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])
+                minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])
                 averages.new_minibatch()
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
-                    chosen, weights = part["mask"], part["weights"]
-                    targets = part["targets"][chosen]
+                    part_mask, weights = part["mask"], part["weights"]
+                    tokens = part["targets"][part_mask]
                     with precision:
-                        hidden = hidden_states(policy.get_decoder(), part["inputs"], chosen)
+                        hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(
-                            policy.lm_head, hidden, targets, args.temperature
+                            policy.lm_head, hidden, tokens, args.temperature
                         )
-                        features = critic.features(part["inputs"], chosen, hidden)
+                        features = (
+                            hidden
+                            if critic.backbone is None
+                            else hidden_states(critic.backbone, part["inputs"], part_mask)
+                        )
                         critic_term, terms = critic_loss(
                             critic, features, part, return_variance, args
                         )
-                    logprobs, entropy = on_grid(logprobs, chosen), on_grid(entropy, chosen)
+                    logprobs = on_grid(logprobs, part_mask)
+                    entropy = on_grid(entropy, part_mask)
                     policy_term, stats = policy_loss(
                         logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
-                    loss = policy_term + args.value_coef * critic_term
+                    loss = policy_term + args.value_coef * critic_term  # (10)
                     loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                     if args.kl_in == "loss" and args.kl_coef > 0:
                         loss = loss + args.kl_coef * kl_loss(
@@ -610,7 +626,7 @@ def main(args: Args) -> None:
         # --- 7.6 log: docs/metrics.md ---
         errors = (observed - clean).unsqueeze(1)  # dialogue: on the last turn
         clean_rewards = rewards - place_rewards(errors, mask)
-        without_errors, _ = advantages_and_targets(clean_rewards, batch, args)
+        clean_advantages, _ = advantages_and_targets(clean_rewards, batch, args)
         active = batch["entropy_active"] | batch["perplexity_active"]  # VRPO
         row = {
             **metrics.of_update(clock, averages, optimizer, episodes, update),
@@ -618,7 +634,9 @@ def main(args: Args) -> None:
             "reward/total": rewards.sum(1).mean().item(),
             "objective/kl_ref": kl.sum(1).mean().item(),
             "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": metrics.advantage_noise(advantages, without_errors, mask),
+            "objective/advantage_noise": metrics.advantage_noise(
+                advantages, clean_advantages, mask
+            ),
             **metrics.of_critic(batch, rewards, clean_rewards, advantages, args.gamma),
             "vrpo/active_tokens": active[mask].float().mean().item(),  # VRPO
         }
@@ -629,7 +647,7 @@ def main(args: Args) -> None:
                 held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
             row |= env.evaluate(held_out)
             run.samples(update, env.show(held_out))
-            run.transcripts(update, env.transcripts(episodes, batch))
+            run.transcripts(update, env.transcripts(episodes, batch | {"rewards": rewards}))
         run.log(update, row)
         run.checkpoint(update, policy, critic, optimizer, env)
 

@@ -488,7 +488,7 @@ def test_bad_input_of_dialogues(flags, message, run_main, dialogue_flags):
 def test_the_task_brings_its_defaults(monkeypatch):
     import importlib
 
-    from utils.args import DEFAULTS, parse_args
+    from utils.args import parse_args
 
     def parse(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
@@ -503,9 +503,7 @@ def test_the_task_brings_its_defaults(monkeypatch):
         parse("ppo_baseline").model == "assets/tiny_math"
         and parse("ppo_baseline").noise == "symmetric"
     )
-    assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args(
-        **DEFAULTS["dialogue"]
-    )
+    assert parse("vrpo_dialogue") == importlib.import_module("vrpo_dialogue").Args()
     assert parse("vrpo_dialogue", "--task", "math").reward_model is None
     with pytest.raises(SystemExit):
         parse("ppo_baseline", "--task", "chess")

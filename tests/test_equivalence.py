@@ -97,7 +97,7 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
         logprobs, _ = tensors.logprobs_and_entropy(
             policy.lm_head, hidden, part["targets"][mask], 1.0
         )
-        features = critic.features(part["inputs"], mask, hidden)
+        features = module.hidden_states(critic.backbone, part["inputs"], mask)
         loss, _ = ppo.policy_loss(
             tensors.on_grid(logprobs, mask),
             part["logprobs"],
@@ -264,7 +264,7 @@ def test_no_gradient_into_the_frozen_head(policy_and_chat):
         critic = vrpo.Critic(policy, args)
         optimizer = vrpo.make_optimizer(policy, critic, args)
         before = critic.lm_head.weight.detach().clone()
-        features = critic.features(batch["inputs"], mask, None)
+        features = vrpo.hidden_states(critic.backbone, batch["inputs"], mask)
         logprobs, entropy = tensors.logprobs_and_entropy(
             critic.lm_head, features, batch["targets"][mask], 1.0
         )

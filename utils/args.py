@@ -108,7 +108,7 @@ class RewardArgs:
     """answers of the initial policy whose majority becomes the label: majority-vote"""
 
 
-# Defaults of the flags that go with --task.
+# Defaults that go with --task where it is not the script's own; those of math are the scripts'.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "math": {
         "model": "assets/tiny_math", "dataset": "assets/data/tiny_math", "updates": 40,
@@ -142,14 +142,15 @@ LIMITS = {
 
 
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
-    """The command line as `cls`. The task's own defaults hold, or with --resume the run's saved
-    flags; flags given now override them."""
+    """The command line as `cls`. The script's defaults hold; those of another --task where it is
+    given; with --resume the run's saved flags. Flags given now override them."""
     given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     task_flag = make_dataclass("TaskFlag", [("task", str, field(default=cls.task))])
     task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
     if task not in DEFAULTS:  # for the parser to say
         task = cls.task
-    args = parse_groups(cls, cls(**{"task": task, **DEFAULTS[task]}), description)
+    start = cls() if task == cls.task else cls(**{"task": task, **DEFAULTS[task]})
+    args = parse_groups(cls, start, description)
     if args.resume is None:
         return args
     return dataclasses.replace(parse_groups(cls, saved_args(cls, args.resume)), resume=args.resume)

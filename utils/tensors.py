@@ -50,6 +50,11 @@ def on_grid(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
 
 
+def put(grid: Tensor, rows: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Write values (N, ...) of the masked tokens of some rows into a grid (B, T, ...)."""
+    grid[rows, : mask.shape[1]] = on_grid(values, mask)
+
+
 def turn_ends(mask: Tensor) -> Tensor:
     """(B, T) bool: the last token of every turn, its EOS unless the turn was cut off."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)

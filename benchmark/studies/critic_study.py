@@ -264,7 +264,7 @@ def train_update(
                     minibatch[f"{key}_weights"] = ppo.token_weights(minibatch[f"{key}_active"])
             optimizer.zero_grad()
             for _, part in micro_batches(minibatch, args.micro_batch_size):
-                features = critic.features(part["inputs"], part["mask"], None)
+                features = ppo.hidden_states(critic.backbone, part["inputs"], part["mask"])
                 module.critic_loss(critic, features, part, unit, args)[0].backward()
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
