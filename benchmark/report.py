@@ -203,6 +203,16 @@ def kind(seeds: int, brief: bool = False) -> str:
     return f"{measure if brief else f'{measure} and {spread}'}, {seeds} seed{'s' * (seeds > 1)}"
 
 
+# arms by the words of all tables and figures, short enough for ten columns
+WORDS = {"false positives": "false pos.", "false negatives": "false neg.", "majority vote": "vote"}
+
+
+def in_words(arm: str) -> str:
+    arm = re.sub(r"^symmetric 0\.(\d)$", r"\g<1>0 % flips", arm)
+    arm = re.sub(r"^persistent 0\.(\d)$", r"\g<1>0 % persistent", arm)
+    return WORDS.get(arm, arm)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines) + "\n"
@@ -225,7 +235,7 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
             for m in methods
         }
         rows = [[method, *cells[method]] for method in methods]
-        return f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *arms], rows)
+        return f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *map(in_words, arms)], rows)
 
     parts.append(scores("last", "Last score"))
     if not brief:
@@ -236,7 +246,7 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
         for arm in arms:
             numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
             words = [(cell(x, signed=True), verdict(*x[1:])) for x in numbers]
-            rows.append([arm, *(word for pair in words for word in pair)])
+            rows.append([in_words(arm), *(word for pair in words for word in pair)])
         header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
         warning = "one comparison in twenty comes out as better or worse by luck"
         if TWINS in pairs:
@@ -254,7 +264,7 @@ def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
     for arm in arms:
         words = [verdict(*student(difference(runs, arm, *pair))[1:]) for pair in pairs]
         count[arm] = sum(word in ("better", "worse") for word in words)
-    words = ", ".join(f"{arm} {n}" for arm, n in count.items())
+    words = ", ".join(f"{in_words(arm)}: {n}" for arm, n in count.items())
     about = f"Of the {len(pairs)} pairs of different methods in an arm, the intervals of so many"
     luck = f"by luck alone about {len(pairs) / 20:.0f} would"
     return f"{about} leave zero ({luck}): {words}.\n"
@@ -301,7 +311,7 @@ def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
             less, other = "", other_of(name, method)
             if other and (number := cell(student(difference(runs, arm, method, other)), True)):
                 less = f"{number} from {other}"
-            rows.append([arm, method, last, less, *cells])
+            rows.append([in_words(arm), method, last, less, *cells])
     unused = {0} if brief and len(arms) == 1 else set()
     unused |= {3} if EXPERIMENTS[name].against is None else set()
     header, *rows = [[x for i, x in enumerate(row) if i not in unused] for row in [header, *rows]]
@@ -319,19 +329,6 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
 # ==== Figures =====================================================================================
 
 WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
-WORDS = {
-    "false positives": "mostly false positives",
-    "false negatives": "mostly false negatives",
-    "length": "long answers rewarded",
-}
-
-
-def in_words(arm: str) -> str:
-    """An arm as a title."""
-    arm = re.sub(r"^(symmetric|persistent) 0\.(\d)$", r"\g<2>0 % \1 flips", arm)
-    return WORDS.get(arm, arm)
-
-
 def measure(frame: pd.DataFrame) -> str:
     average = "eval/average" in frame and frame["eval/average"].notna().any()
     return "mean of TCR, ACR and GCR" if average else "clean held-out accuracy"

@@ -421,10 +421,10 @@ def test_report_of_a_grid(made_up, tmp_path):
     rows = {
         line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")
     }
-    expected = "| symmetric 0.2 | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) |"
+    expected = "| 20 % flips | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) |"
     expected += " not told apart |"
     twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
-    assert rows["symmetric 0.2"] == f"{expected} {twice}"
+    assert rows["20 % flips"] == f"{expected} {twice}"
     assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith(
         "| VRPO | 0.770 ("
     )  # last of its rows
@@ -435,7 +435,7 @@ def test_report_of_a_grid(made_up, tmp_path):
         and text.split("Mean differences")[1].split("<!--")[0].strip() in whole
     )
     apart = ", ".join(
-        f"{arm} 7" for arm in experiments.ARMS
+        f"{report.in_words(arm)}: 7" for arm in experiments.ARMS
     )  # PPO from each of the others, and nobody else; a twin does not count
     assert "Of the 28 pairs" in text and f"(by luck alone about 1 would): {apart}." in text
     lost = whole.split("Lost since the peak (mean and range, 3 seeds):")[1]
@@ -505,7 +505,7 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     only = pd.read_csv(tmp_path / "gae_lambda.csv")
     only[only["method"] == "PPO, lambda 0.95"].to_csv(tmp_path / "gae_lambda.csv", index=False)
     assert report.compared()["differences"].axes
-    lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| symm")}
+    lines = {line.split(" | ")[1]: line for line in whole if line.startswith("| 20 %")}
     brief = {
         line.split(" | ")[0].strip("| "): line
         for line in readme.read_text().splitlines()

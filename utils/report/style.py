@@ -16,7 +16,7 @@ LOOKS = {
     "robust PPO": ("#CC79A7", "-", "v"),
     "GRPO": ("#000000", "--", "s"),
     "Dr.GRPO": ("#E69F00", "--", "P"),
-    "corrected GRPO": ("#E69F00", ":", "X"),
+    "corrected GRPO": ("#8A5A00", ":", "x"),
     "RLOO": ("#56B4E9", "--", "p"),
     "REINFORCE++": ("#882255", "--", "h"),
     "VinePPO": ("#999933", "-.", "*"),
