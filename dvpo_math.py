@@ -375,7 +375,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 # quantiles (N, 1, M), by level.
 def squares_below(x: Tensor, t: Tensor) -> Tensor:
     """sum over k of relu(x - t_k)^2, for x (N, HM) and sorted t (N, M): by prefix sums, since a
-    table of all pairs takes 40 times as long."""
+    table of all pairs takes some fifty times as long."""
     count = torch.searchsorted(t, x.detach())
     first = nn.functional.pad(t.cumsum(-1), (1, 0)).gather(-1, count)
     second = nn.functional.pad((t**2).cumsum(-1), (1, 0)).gather(-1, count)

@@ -10,6 +10,7 @@ Differs from vrpo_math.py in:
     score of the whole dialogue, which alone goes through the noise channel.
  2. The task, with its defaults (utils/args.py): up to twelve turns, the embedded reward model, a KL
     penalty that keeps the policy where the reward model knows its way.
+
 One grid holds an episode of any number of turns: the user's words are outside the mask, GAE jumps
 over them, bottleneck and semantic losses act on the assistant's tokens of all turns.
 

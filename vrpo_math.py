@@ -1,5 +1,6 @@
 """VRPO for language models under noisy rewards: PPO whose critic is built to absorb the noise
-(Rethinking Value Modeling for Robust RL under Noisy Supervision, arXiv 2508.03058).
+(VRPO: Rethinking Value Modeling for Robust RL under Noisy Supervision in LLM Post-Training, ACL
+2026; first version arXiv 2508.03058).
 
 Differs from ppo_baseline.py in:
  1. The critic reads its hidden states through a variational information bottleneck: a Gaussian code
@@ -8,6 +9,7 @@ Differs from ppo_baseline.py in:
  2. An LM head on the critic's hidden states, frozen as it was in the initial policy, keeps them a
     language model's: entropy and perplexity losses on the tokens about which it is least certain.
  3. The value loss is MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl.
+
 Rollout, advantages and policy loss are PPO's.
 
 Ours where the paper is silent (docs/details.md): GAE's values are means over --value-samples latent

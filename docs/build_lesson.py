@@ -2,8 +2,8 @@
 
 python -m docs.build_lesson   # docs/lesson*.md, and side by side docs/site/lesson*.html
 
-A unit is a function, a method, the head of a class, a numbered step of main or a banner; comments
-go with what follows them. A note covers units, so that no diff runs from one into another.
+A unit is a function, a method, the head of a class, a numbered step of main, the head of its loop or
+a banner; comments go with what follows them. A note covers units, so that no diff runs from one into another.
 """
 
 import ast
@@ -42,6 +42,8 @@ def units(lines: list[str]) -> dict[str, range]:
                 ends[f"{name}.{part.name}" if hasattr(part, "name") else name] = part.end_lineno
             continue
         for i in range(node.lineno, node.end_lineno if name == "main" else 0):
+            if lines[i].startswith("    for update in "):
+                ends[name], name = i, "main: start of an update"
             if step := re.match(r" +# --- [\d.]+ ([^:]+?)(:| -|$)", lines[i]):
                 ends[name], name = i, f"main: {step[1]}"
         ends[name] = node.end_lineno
@@ -91,7 +93,7 @@ def sections(page: dict, a: list[str], b: list[str]) -> list[tuple[dict, list]]:
     for what, names in wrong.items():
         if names:
             raise SystemExit(f"lesson.toml, {page['child']}: {', '.join(sorted(names))} {what}")
-    rest = {"title": "The rest", "note": "", "units": [n for n, *_ in every if n not in noted]}
+    rest = {"title": "Docstring, imports and what is equal", "note": "", "units": [n for n, *_ in every if n not in noted]}
     return [
         (note, [pair for name in note["units"] for pair in every if pair[0] == name])
         for note in [*page["note"], rest]
@@ -143,7 +145,8 @@ def website(page: dict) -> str:
         return f"<details>{summary}{both('equal', i, j)}</details>"
 
     for count, (note, parts) in enumerate(sections(page, a, b), 1):
-        title = f"{count}. {html.escape(note['title'])}"
+        title = html.escape(note["title"])
+        title = f"{count}. {title}" if note["note"] else title  # numbered as in the .md
         main.append(f"<section id=n{count}><h2>{title}</h2><p>{prose(note['note'])}</p>")
         for name, i, j in parts:
             groups = hunks(a, b, i, j)

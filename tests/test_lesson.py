@@ -114,11 +114,16 @@ LIMIT = 3
 
 def main(args):
     seed()
-    # --- 7.1 rollout ---
-    play()
+    # --- 7.1 models ---
+    load()
 
-    # --- 7.2 update: micro-batches ---
-    learn()
+    for update in range(2):
+        start()
+        # --- 7.2 rollout ---
+        play()
+
+        # --- 7.3 update: micro-batches ---
+        learn()
 
 
 if __name__ == "__main__":
@@ -131,7 +136,8 @@ def test_units_are_the_file():
     found = build.units(lines)
     assert list(found) == [
         "docstring", "imports", "1. Args", "Args", "Critic", "Critic.values", "loss", "LIMIT",
-        "main", "main: rollout", "main: update", "if __name__",
+        "main", "main: models", "main: start of an update", "main: rollout", "main: update",
+        "if __name__",
     ]  # fmt: skip
     assert (
         lines[found["loss"].start] == "# why" and lines[found["1. Args"].stop - 1] == "# a picture"
