@@ -27,6 +27,7 @@ model: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet zensical==0.0.73 l2m4m==1.0.4
+	$(PYTHON) -m docs.build_lesson
 	$(VENV)/bin/zensical build --clean --strict
 
 $(VENV)/installed: requirements.txt
