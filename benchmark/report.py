@@ -235,7 +235,8 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
             for m in methods
         }
         rows = [[method, *cells[method]] for method in methods]
-        return f"{title} ({kind(most, brief)}):\n\n" + markdown(["method", *map(in_words, arms)], rows)
+        header = ["method", *map(in_words, arms)]
+        return f"{title} ({kind(most, brief)}):\n\n" + markdown(header, rows)
 
     parts.append(scores("last", "Last score"))
     if not brief:
@@ -329,6 +330,8 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
 # ==== Figures =====================================================================================
 
 WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
+
+
 def measure(frame: pd.DataFrame) -> str:
     average = "eval/average" in frame and frame["eval/average"].notna().any()
     return "mean of TCR, ACR and GCR" if average else "clean held-out accuracy"

@@ -93,7 +93,8 @@ def sections(page: dict, a: list[str], b: list[str]) -> list[tuple[dict, list]]:
     for what, names in wrong.items():
         if names:
             raise SystemExit(f"lesson.toml, {page['child']}: {', '.join(sorted(names))} {what}")
-    rest = {"title": "Docstring, imports and what is equal", "note": "", "units": [n for n, *_ in every if n not in noted]}
+    others = [name for name, *_ in every if name not in noted]
+    rest = {"title": "Docstring, imports and what is equal", "note": "", "units": others}
     return [
         (note, [pair for name in note["units"] for pair in every if pair[0] == name])
         for note in [*page["note"], rest]
