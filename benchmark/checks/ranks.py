@@ -60,7 +60,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def difference(one: Path, many: Path) -> tuple[float, str]:
-    """The largest difference of a metric, relative where it is above 1e-3, and which; infinite
+    """The largest difference of a metric, relative where it is above 0.01, and which; infinite
     where a row, a key or a completion differs."""
     a, b = rows(one), rows(many)
     if [row.keys() for row in a] != [row.keys() for row in b]:
@@ -68,7 +68,7 @@ def difference(one: Path, many: Path) -> tuple[float, str]:
     if (one / "samples.jsonl").read_text() != (many / "samples.jsonl").read_text():
         return float("inf"), "held-out completions"
     pairs = [(x[key], y[key], key) for x, y in zip(a, b, strict=True) for key in x]
-    return max((abs(x - y) / max(abs(x), 1e-3), key) for x, y, key in pairs)
+    return max((abs(x - y) / max(abs(x), 1e-2), key) for x, y, key in pairs)
 
 
 @dataclass
