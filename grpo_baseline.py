@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from utils import ranks
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
@@ -224,6 +225,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
+    ranks.add_up(grid)
     return grid
 
 
@@ -394,6 +396,8 @@ def main(args: Args) -> None:
                     loss.backward()
                     averages.add({"losses/policy": policy_term, "losses/total": loss})
                     averages.add(stats)  # GRPO
+                ranks.add_gradients(optimizer)
+                averages.end_minibatch()
                 for group in optimizer.param_groups:
                     norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                     averages.add({f"losses/grad_norm_{group['name']}": norm})

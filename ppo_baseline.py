@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from utils import ranks
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -250,6 +251,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
+    ranks.add_up(grid)
     return grid
 
 
@@ -263,6 +265,7 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
         features = hidden_states(backbone, part["inputs"], mask)
         values = critic.values(features)
         put(scores["values"], rows, values, mask)
+    ranks.add_up(*scores.values())
     return scores
 
 
@@ -459,6 +462,8 @@ def main(args: Args) -> None:
                     loss.backward()
                     averages.add({"losses/policy": policy_term, "losses/total": loss})
                     averages.add(terms | stats)
+                ranks.add_gradients(optimizer)
+                averages.end_minibatch()
                 for group in optimizer.param_groups:
                     norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                     averages.add({f"losses/grad_norm_{group['name']}": norm})

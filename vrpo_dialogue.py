@@ -23,12 +23,14 @@ Where they drift apart, and answers or dialogues grow, the policy is exploiting 
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from utils import ranks
 from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
@@ -271,6 +273,12 @@ class Critic(nn.Module):
             self.lm_head = copy.deepcopy(policy.lm_head).float().requires_grad_(True)
         self.beta = args.beta  # rises during --beta-warmup
 
+    # VRPO: the codes of a micro-batch that another process has are drawn here too, and thrown away
+    def skip(self, part: Batch, samples: int) -> None:
+        for encoder in self.encoders:
+            shape = (samples, int(part["mask"].sum()), encoder.out_features // 2)
+            torch.randn(shape, device=part["mask"].device)
+
     # VRPO: the mean over some samples of the code, with the nats that it costs
     def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """(11) V, the bottleneck's KL and the last layer's mean sigma, (N,) each. V averages the
@@ -347,6 +355,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
+    ranks.add_up(grid)
     return grid
 
 
@@ -359,7 +368,8 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
     scores = {"values": torch.zeros_like(batch["logprobs"])}
     critic_entropy = torch.zeros_like(batch["logprobs"])  # VRPO
     critic_nll = torch.zeros_like(batch["logprobs"])
-    for rows, part in micro_batches(batch, args.micro_batch_size):
+    skip = partial(critic.skip, samples=args.value_samples)  # VRPO
+    for rows, part in micro_batches(batch, args.micro_batch_size, skip):
         mask = part["mask"]
         features = hidden_states(backbone, part["inputs"], mask)
         values, _, _ = critic.values(features, args.value_samples)  # VRPO
@@ -369,7 +379,7 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
         logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
         put(critic_entropy, rows, entropy, mask)
         put(critic_nll, rows, -logprobs, mask)
-    # VRPO
+    ranks.add_up(*scores.values(), critic_entropy, critic_nll)  # VRPO
     scores["entropy_active"] = most_uncertain(critic_entropy, batch["mask"], args.token_ratio)
     scores["perplexity_active"] = most_uncertain(critic_nll, batch["mask"], args.token_ratio)
     return scores
@@ -585,9 +595,10 @@ def main(args: Args) -> None:
                 # VRPO: the uncertain tokens of each semantic loss
                 minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])
                 minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])
+                skip = partial(critic.skip, samples=1)  # VRPO
                 averages.new_minibatch()
                 optimizer.zero_grad()
-                for _, part in micro_batches(minibatch, args.micro_batch_size):
+                for _, part in micro_batches(minibatch, args.micro_batch_size, skip):
                     part_mask, weights = part["mask"], part["weights"]
                     tokens = part["targets"][part_mask]
                     with precision:
@@ -617,6 +628,8 @@ def main(args: Args) -> None:
                     loss.backward()
                     averages.add({"losses/policy": policy_term, "losses/total": loss})
                     averages.add(terms | stats)
+                ranks.add_gradients(optimizer)
+                averages.end_minibatch()
                 for group in optimizer.param_groups:
                     norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                     averages.add({f"losses/grad_norm_{group['name']}": norm})

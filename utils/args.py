@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from utils.errors import stop
+from utils.ranks import check_sizes
 
 ArgsType = TypeVar("ArgsType")
 NOISES = Literal[
@@ -205,6 +206,7 @@ def check_ranges(args: Any) -> None:
 def check_flags(args: Any) -> None:
     """`check_ranges` of a script's flags, and what must not be combined."""
     check_ranges(args)
+    check_sizes(args)
     if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
         stop(
             "--noise majority-vote: votes are on final answers, which neither dialogues nor "

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.errors import stop
 from utils.models import has_adapters, save_policy
+from utils.ranks import by_first
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -30,6 +31,7 @@ def digests(folder: Path) -> dict[str, str]:
     return result
 
 
+@by_first
 def save_checkpoint(
     run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2
 ) -> None:

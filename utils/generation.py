@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from utils import tensors
+from utils import ranks, tensors
 
 ROOM = 32  # tokens by which a cache grows at a time
 COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
@@ -118,11 +118,32 @@ def generate(
     return answers
 
 
-@torch.no_grad()
 def generate_batch(
     policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float
 ) -> list[Answer]:
-    """The policy's answer to every prompt of a batch."""
+    """The policy's answer to every prompt of a batch. Several processes decode a share each."""
+    mine, answers, steps = ranks.share(len(prompts)), [], 0
+    if mine:
+        rows = torch.tensor(mine, device=policy.device)
+        some = [prompts[i] for i in mine]
+        limits = (max_new_tokens, temperature)
+        answers, steps = decode(policy, chat, some, rows, len(prompts), *limits)
+    ranks.adopt_generator(steps, policy.device)
+    return [answer for part in ranks.gather(answers) for answer in part]
+
+
+@torch.no_grad()
+def decode(
+    policy,
+    chat,
+    prompts: list[list[int]],
+    places: Tensor,
+    batch: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> tuple[list[Answer], int]:
+    """The answers to prompts that stand at `places` (N,) in a batch of `batch`, and the steps that
+    it took."""
     decoder, device = policy.get_decoder(), policy.device
     cache = DynamicCache(config=policy.config)
     # rows can be taken out of caches of attention; a model with others decodes its batch as it
@@ -163,7 +184,7 @@ def generate_batch(
             layer.batch_select_indices(some)
 
     hidden = read(tokens)
-    rows = torch.arange(len(prompts), device=device)  # places in the batch of those that go on
+    rows = torch.arange(len(prompts), device=device)  # those that go on
     if len(distinct) < len(prompts):
         first = {prompt: i for i, prompt in enumerate(distinct)}
         copies = torch.tensor([first[prompt] for prompt in prompts], device=device)
@@ -173,7 +194,7 @@ def generate_batch(
     logprobs, entropy = torch.zeros(2, *answers.shape, device=device)
     going, eos = torch.ones_like(rows, dtype=torch.bool), torch.tensor(chat.eos_ids, device=device)
     for step in range(max_new_tokens):
-        new, logprob, uncertainty = choose(policy.lm_head, hidden, rows, len(prompts), temperature)
+        new, logprob, uncertainty = choose(policy.lm_head, hidden, places[rows], batch, temperature)
         answers[rows, step], logprobs[rows, step], entropy[rows, step] = new, logprob, uncertainty
         going = going & ~torch.isin(new, eos)
         count = int(going.sum())
@@ -186,7 +207,6 @@ def generate_batch(
         hidden = read(new.unsqueeze(1))
     is_eos = torch.isin(answers, eos)
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)
-    found = zip(
-        answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist(), strict=True
-    )
-    return [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in found]
+    columns = (answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist())
+    found = [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in zip(*columns, strict=True)]
+    return found, step + 1

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from utils.errors import stop
 from utils.generation import generate
+from utils.ranks import join
 
 disable_progress_bar()
 set_verbosity_error()
@@ -273,7 +274,7 @@ def pick_device(name: str) -> torch.device:
         stop(f"--device {name}: not available here ({first_line(error)})")
     if device.type == "cpu":
         keep_freed_memory()
-    return device
+    return join(device)
 
 
 def keep_freed_memory() -> None:

@@ -16,8 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from utils import ranks
 from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
 from utils.errors import stop
+from utils.ranks import RANK, by_first, from_first
 
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -35,9 +37,10 @@ class Run:
     def __init__(self, args: Any):
         self.args, script = args, Path(sys.argv[0]).stem
         default = f"{script}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        name = args.run_name or default
+        name = from_first(lambda: args.run_name or default)
         self.folder = args.resume or Path("runs") / name
-        if args.resume is None and (self.folder / "args.json").exists():
+        taken = from_first(lambda: (self.folder / "args.json").exists())
+        if args.resume is None and taken:
             stop(
                 f"--run-name {name}: {self.folder} exists; continue it with --resume "
                 f"{self.folder} or choose another name"
@@ -46,14 +49,14 @@ class Run:
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         del flags["resume"]
         saved = json.dumps({"script": script, **flags}, indent=1)
-        write_atomically(self.folder / "args.json", saved)
+        by_first(write_atomically)(self.folder / "args.json", saved)
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
-        self.interrupt: int | None = None
+        self.asked_to_stop: int | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
         self.wandb = None
-        if args.track:
+        if args.track and RANK == 0:
             import wandb
 
             names = {"project": args.wandb_project, "name": self.folder.name}
@@ -69,12 +72,13 @@ class Run:
             console=self.console,
         )
         self.bar = self.progress.add_task("", total=args.updates)
-        self.progress.start()
+        by_first(self.progress.start)()
         # whatever ends the run, the terminal gets its cursor back
         atexit.register(self.stop_progress)
 
     # ---- files ----
 
+    @by_first
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.csv and to W&B, and move the progress bar. NaN becomes an empty
         cell."""
@@ -101,6 +105,7 @@ class Run:
         """Append training episodes to transcripts.jsonl (`python -m utils.tokens` shows them)."""
         self.append("transcripts.jsonl", update, rows)
 
+    @by_first
     def append(self, name: str, update: int, rows: list[dict[str, Any]]) -> None:
         with (self.folder / name).open("a") as file:
             file.writelines(json.dumps({"update": update, **row}) + "\n" for row in rows)
@@ -120,6 +125,7 @@ class Run:
         self.rewind(start)
         return start
 
+    @by_first
     def rewind(self, update: int) -> None:
         """Forget rows and samples of later updates, and with 0 those of the start too: a resumed
         run writes them anew."""
@@ -140,11 +146,12 @@ class Run:
         """Save every --save-every updates, at the end, and where a signal asks to leave: then
         leave."""
         last = update == self.args.updates
-        leaving = self.interrupt
+        leaving = max(ranks.gather(self.asked_to_stop), key=lambda number: number or 0)
         if update % self.args.save_every == 0 or last or leaving:
             state = {"critic": critic} if critic is not None else {}
             state["optimizer"] = optimizer.state_dict()
             state["scale"] = {self.args.reward_model: env.scale}
+            ranks.check_equal(policy, critic)
             save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state)
         if leaving and not last:
             self.leave(leaving, update)
@@ -153,9 +160,9 @@ class Run:
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
-        if self.interrupt is not None:
+        if self.asked_to_stop is not None:
             raise KeyboardInterrupt
-        self.interrupt = number
+        self.asked_to_stop = number
         self.print(
             f"{signal.Signals(number).name}: this update will finish and be saved "
             "(once more to leave at once)"
@@ -174,13 +181,16 @@ class Run:
 
     # ---- the terminal ----
 
+    @by_first
     def doing(self, what: str) -> None:
         """Show beside the progress bar what is going on."""
         self.progress.update(self.bar, description=what)
 
+    @by_first
     def print(self, message: Any, **options) -> None:
         self.console.print(message, **options)
 
+    @by_first
     def stop_progress(self) -> None:
         if self.progress.live.is_started:
             self.progress.stop()

@@ -5,6 +5,7 @@ import json
 from rich.markup import escape
 from rich.text import Text
 
+from utils.ranks import by_first
 from utils.report.diagnose import sentences
 from utils.report.plot import plot_runs
 from utils.run import Run
@@ -15,6 +16,7 @@ HEADLINES = {
 }
 
 
+@by_first
 def finish(run: Run) -> None:
     """Close a run: draw its curves, and print what it has done."""
     run.close()

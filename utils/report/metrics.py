@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import stop
+from utils.ranks import RANKS, add_up, gather
 from utils.run import peak_memory_gb
 
 
@@ -34,6 +35,17 @@ class Averages:
     def add(self, stats: dict[str, Tensor]) -> None:
         for key, value in stats.items():
             self.minibatches[-1][key] += value.detach().to(self.device)
+
+    def end_minibatch(self) -> None:
+        """Sums over the processes, whatever each of them has had of the minibatch."""
+        stats = self.minibatches[-1]
+        for key in self.names() if RANKS > 1 else ():
+            stats[key] = torch.as_tensor(stats[key], device=self.device)
+            add_up(stats[key])
+
+    def names(self) -> list[str]:
+        """Those of all processes: one that had no micro-batch has none."""
+        return sorted({key for keys in gather(list(self.minibatches[-1])) for key in keys})
 
     def check_finite(self, update: int) -> None:
         """Stop the run if a statistic of this minibatch is not a finite number."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from utils import ranks
 from utils.errors import stop
 from utils.generation import Answer
 from utils.tensors import Batch, turn_ends
@@ -110,7 +111,9 @@ class Environment:
 
     def grade(self, episodes: list[Episode]) -> Tensor:
         """The truth (B,): 1 right, 0 wrong, NaN where no reference is known."""
-        grades = [self.task.grade(e.problem, self.judged(e)) for e in episodes]
+        grades = ranks.from_first(
+            lambda: [self.task.grade(e.problem, self.judged(e)) for e in episodes]
+        )
         return torch.tensor(grades, device=self.device)
 
     def score(self, episodes: list[Episode], clean: Tensor) -> Tensor:
@@ -164,7 +167,8 @@ class Environment:
 
     def measure(self, episodes: list[Episode]) -> dict[str, float]:
         """The task's own measures."""
-        return self.task.measure([(e.problem, self.judged(e)) for e in episodes])
+        pairs = [(e.problem, self.judged(e)) for e in episodes]
+        return ranks.from_first(lambda: self.task.measure(pairs))
 
     def evaluate(self, episodes: list[Episode]) -> dict[str, float]:
         """The measures of held-out episodes as eval/<name>."""
