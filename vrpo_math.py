@@ -559,9 +559,9 @@ def main(args: Args) -> None:
                 # VRPO: the uncertain tokens of each semantic loss
                 minibatch["entropy_weights"] = token_weights(minibatch["entropy_active"])
                 minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])
-                skip = partial(critic.skip, samples=1)  # VRPO
                 averages.new_minibatch()
                 optimizer.zero_grad()
+                skip = partial(critic.skip, samples=1)  # VRPO
                 for _, part in micro_batches(minibatch, args.micro_batch_size, skip):
                     part_mask, weights = part["mask"], part["weights"]
                     tokens = part["targets"][part_mask]
