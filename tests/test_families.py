@@ -300,7 +300,7 @@ def test_a_template_that_rewrites_answers_says_so(tmp_path):
     from dataclasses import replace
 
     folder = build(
-        replace(FAMILIES["smollm2"], template=CHATML.replace("m.content", "m.content | upper")),
+        replace(FAMILIES["smollm2"], template=CHATML.replace("m.content", "(m.content | upper if m.role == 'assistant' else m.content)")),
         tmp_path,
     )
     _, chat = load_policy(str(folder), CPU)

@@ -19,7 +19,6 @@ from utils.world.reward_model import (
     load_reward_model,
     main,
     on_reward_scale,
-    pad_by_eos,
     train,
 )
 from utils.world.tasks import DialogueTask
@@ -36,7 +35,6 @@ def model(tiny_model) -> RewardModel:
     torch.manual_seed(0)
     backbone = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    pad_by_eos(backbone, tokenizer)
     return RewardModel(backbone.eval(), tokenizer, 4)
 
 
