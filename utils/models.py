@@ -27,15 +27,15 @@ from utils.generation import generate
 disable_progress_bar()
 set_verbosity_error()
 MARK = "an answer that no template contains"
-TODAY = datetime(
-    2024, 7, 26
-)  # what every template is told, so that a run does not depend on the day
-# <think>, <thinking>, <reasoning>, [THINK], <seed:think>, <|START_THINKING|>, <|begin_of_thought|>, ...
-# and their ends
+# Put before a template, CLOCK tells it this date every day, so that no run depends on the day.
+TODAY = datetime(2024, 7, 26)
+CODES = [f"replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdmyYHIMSpj"]
+CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form | {' | '.join(CODES)} }}}}{{% endmacro %}}"
+# <think>, <thinking>, <reasoning>, <seed:think>, <|START_THINKING|>, <|begin_of_thought|>, [THINK]
+# and what ends them: then a group has matched
 THOUGHT = re.compile(
-    r"(?:<\|?|\[|◁)(/|end_(?:of_)?)?(?:seed:|start_|begin_of_)?"
-    r"(?:think|thinking|thought|reasoning)(?:\|?>|\]|▷)",
-    re.IGNORECASE,
+    r"(?i:<\|?(/|end_(?:of_)?)?(?:seed:|start_|begin_of_)?(?:think|thinking|thought|reasoning)\|?>)"
+    r"|\[(/)?THINK\]|◁(/)?think▷"
 )
 
 
@@ -123,19 +123,20 @@ class Chat:
 
 def with_think_tags(text: str) -> str:
     """A text whose thoughts, whatever their tags, are between <think> and </think>."""
-    return THOUGHT.sub(lambda tag: "</think>" if tag[1] else "<think>", text)
+    return THOUGHT.sub(lambda tag: "</think>" if tag.lastindex else "<think>", text)
 
 
 def render(tokenizer, messages: list[dict[str, str]], to_be_continued: bool, thinking: bool) -> str:
     """A conversation as text in the tokenizer's chat template, special tokens included. Stops where
     the template refuses it, or leaves out what the user or the system says."""
     try:
+        template = tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
             messages,
+            chat_template=(CLOCK if "strftime_now" in template else "") + template,
             add_generation_prompt=to_be_continued,
             tokenize=False,
             enable_thinking=thinking,
-            strftime_now=TODAY.strftime,
         )
     except Exception as error:  # a template is a program of others
         roles = ", ".join(message["role"] for message in messages)
