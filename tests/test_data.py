@@ -258,6 +258,9 @@ def test_the_right_option_is_named_in_the_way_of_the_data_set(labels, texts, ans
         (["x", "y", "all of these", "none of these"], False, 2),
         (["x", "Both of the above", "y", "z"], True, 0),
         (["x", "y", "z", "a cat and a dog"], False, 0),
+        (["H, C, I", "He, H, Al", "Na, Ca", "x"], False, 0),
+        (["x", "y", "z", "Both are taller than the land around them."], False, 0),
+        (["x", "y", "z", "None of the other choices is right"], False, 1),
     ],
 )
 def test_options_that_lean_on_others(texts, kept, last):

@@ -27,13 +27,13 @@ ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BLANKS = re.compile(r"\s*")
 # Options that lean on others: by letter ("Both A and B"), or as a summary ("All of the above").
 BY_LETTER = re.compile(
-    r"\b[A-H]\)?(?:\s*[,&]\s*|\s+(?:and|or|nor)\s+)\(?[A-H]\b|\b[Oo]nly \(?[A-H]\b|\b[A-H]\)? only\b"
-    r"|\([a-h]\)(?:\s*[,&]\s*|\s+(?:and|or|nor)\s+)\([a-h]\)"
-    r"|(?i:\b(?:both|either|neither)\s+\(?[a-h1-8]\)?\s+(?:and|or|nor)\s+\(?[a-h1-8]\b)"
+    r"\b[A-H]\)?(?:, ?\(?[A-H]\)?)*,? (?:and|or|nor|&) \(?[A-H]\b|\b[Oo]nly \(?[A-H]\b|\b[A-H]\)? only\b"
+    r"|\([a-h]\)(?:, ?\([a-h]\))*,? (?:and|or|nor|&) \([a-h]\)"
+    r"|(?i:\b(?:both|either|neither) \(?[a-h1-8]\)? (?:and|or|nor) \(?[a-h1-8]\b)"
 )
 SUMMARY = re.compile(
-    r"\b(?:all|any|both|each|either|neither|none|two|more than one)\b.*"
-    r"\b(?:above|these|those|them|options|choices|answers)\b",
+    r"(?:all|any|both|each|either|neither|none|two|more than one) (?:of )?(?:the )?(?:\w+ )?"
+    r"(?:above|these|those|them|options|choices|answers)\b",
     re.IGNORECASE,
 )
 
@@ -393,7 +393,7 @@ def arrangement(text: str, options: list[tuple[str, str]], seed: int) -> list[in
     name others by letter keep the whole order, a summary such as "All of the above" stays last."""
     there = [i for i, (_, option) in enumerate(options) if option]
     texts = {i: options[i][1] for i in there}
-    last = [i for i in there if SUMMARY.search(texts[i])]
+    last = [i for i in there if SUMMARY.match(texts[i])]
     if any(map(BY_LETTER.search, texts.values())) or last != there[len(there) - len(last) :]:
         return there
     free = there[: len(there) - len(last)]
