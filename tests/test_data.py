@@ -1,16 +1,28 @@
 """Every data set of the table in docs/real-models.md, read from a made-up file with its columns;
 options, their shuffling, what is refused."""
 
+import bz2
+import gzip
 import json
 import re
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from tests.conftest import ROOT
 from utils.world.answers import LETTERS
-from utils.world.data import DATASETS, find_columns, lay_out, load_split, position, read
+from utils.world.data import (
+    ANSWERS,
+    DATASETS,
+    find_columns,
+    lay_out,
+    load_split,
+    read,
+    right_options,
+)
 
 CHOICES = {"text": ["gills", "lungs", "skin"], "label": ["1", "2", "3"]}
 USER = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -126,9 +138,7 @@ def test_a_data_set_without_a_split_for_this_side():
 
 def rows_of(*rows: dict, seed: int = 1, **flags) -> list:
     data = Dataset.from_list(list(rows))
-    return list(
-        read(data, find_columns(data, None, SimpleNamespace(**vars(FLAGS) | flags), False), seed)
-    )
+    return read(data, find_columns(data, None, SimpleNamespace(**vars(FLAGS) | flags), False), seed)
 
 
 def test_options_are_shuffled_by_seed_and_question():
@@ -154,17 +164,6 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
     row = {"q": "Which?", "c": ["a b", "c d", "e f"], "k": 2}
     (question,) = rows_of(row, question_column="q", answer_column="k", choices_column="c")
     assert question.options["ABC".index(question.answer)] == "e f"
-    assert [
-        position(answer, ["x", "y"], ["1", "2"]) for answer in ("2", "y", " y ", 1, "B", "z", 5)
-    ] == [
-        1,
-        1,
-        1,
-        1,
-        1,
-        None,
-        None,
-    ]
     with pytest.raises(
         SystemExit,
         match="--choices-column: there is no column 'nope'; the data set has the columns q, c, k",
@@ -199,11 +198,197 @@ def test_missing_values():
     assert [(q.text, q.answer) for q in rows_of(*rows)] == [("1?", None), ("3?", "3"), ("4?", None)]
 
 
-def test_shapes_that_cannot_be_read_are_refused():
-    with pytest.raises(SystemExit, match="a list of options is wanted, not 'a, b'"):
-        rows_of({"question": "Which?", "o": "a, b", "answer": "a"}, choices_column="o")
-    with pytest.raises(SystemExit, match="texts are wanted"):
-        rows_of({"question": [{"content": "Which?"}], "answer": "a"})
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "Which?", "o": "a, b"}, "a list of options is wanted, not 'a, b'"),
+        ({"question": "Which?", "o": {"text": ["a", "b"], "label": ["A"]}}, "more or fewer labels than texts"),
+        ({"question": "Which?", "o": [str(i) for i in range(27)]}, "27 options; there are letters for 26"),
+        ({"question": {"text": "Which?"}}, "--question-column question: a text is wanted, or a list of messages"),
+        ({"question": [{"content": "Which?"}]}, "a text is wanted, or a list of messages"),
+        ({"question": ["Which?"]}, "a text is wanted, or a list of messages"),
+        ({"question": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "A"}]}, "that ends with the user's"),
+        ({"question": "Which?", "answer": ["a"]}, "--answer-column answer: texts are wanted"),
+    ],
+)  # fmt: skip
+def test_shapes_that_cannot_be_read_are_refused(row, message):
+    with pytest.raises(SystemExit, match=message):
+        rows_of({"answer": "a"} | row, choices_column="o" if "o" in row else None)
+
+
+FOUR = ["w", "x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    "labels, texts, answers, places",
+    [
+        ("1234", FOUR, ["1", "4"], [0, 3]),
+        ("1234", FOUR, [1, 4], [0, 3]),  # a number is a label where the labels are numbers
+        ("abcd", FOUR, ["b", "d"], [1, 3]),
+        ("", FOUR, ["B", "(C)", "D."], [1, 2, 3]),
+        ("", ["B", "C", "A", "D"], ["A"], [0]),  # a letter, though it is an option's text too
+        ("", ["B", "C", "A", "bark"], ["A", "bark"], [2, 3]),  # unless texts are the rule here
+        ("", FOUR, [0, 3], [0, 3]),
+        ("", FOUR, [0.0, 3.0], [0, 3]),
+        ("", FOUR, [1, 2, 4], [0, 1, 3]),  # positions from 1
+        ("", FOUR, ["0", "3"], [0, 3]),
+        ("", ["2", "3", "0", "7"], [0, 2], [0, 2]),  # positions, though 0 and 2 are options too
+        ("", ["2", "3", "0", "7"], ["0", "7"], [2, 3]),
+        ("", ["2", "3", "0", "7"], [0, 7], [2, 3]),
+        ("", FOUR, [" y ", "z", "none", None, "", 9], [2, 3, None, None, None, None]),
+        ("", ["w", None, "y", ""], ["A", "B", "C"], [0, None, 2]),
+    ],
+)  # fmt: skip
+def test_the_right_option_is_named_in_the_way_of_the_data_set(labels, texts, answers, places):
+    options = [(label, text or "") for label, text in zip(labels or [""] * 4, texts, strict=True)]
+    assert right_options([(answer, options) for answer in answers]) == places
+
+
+@pytest.mark.parametrize(
+    "texts, kept, last",
+    [
+        (["x", "y", "Both A and B", "z"], True, 0),
+        (["x", "y", "z", "(b) and (c)"], True, 0),
+        (["x", "y", "both (a) and (b)", "z"], True, 0),
+        (["x", "y", "A, B and D", "z"], True, 0),
+        (["x", "y", "z", "b and c"], False, 0),
+        (["x", "y", "z", "Only B"], True, 0),
+        (["x", "y", "z", "Neither 1 nor 2"], True, 0),
+        (["x", "y", "z", "All of the above"], False, 1),
+        (["x", "y", "all of these", "none of these"], False, 2),
+        (["x", "Both of the above", "y", "z"], True, 0),
+        (["x", "y", "z", "a cat and a dog"], False, 0),
+        (["H, C, I", "He, H, Al", "Na, Ca", "x"], False, 0),
+        (["x", "y", "z", "Both are taller than the land around them."], False, 0),
+        (["x", "y", "z", "None of the other choices is right"], False, 1),
+    ],
+)
+def test_options_that_lean_on_others(texts, kept, last):
+    """By letter: all stay where they are. As a summary: it stays last."""
+    rows = [{"question": f"{i}?", "choices": texts, "answer": texts[-1]} for i in range(30)]
+    questions = rows_of(*rows)
+    orders = {q.options for q in questions}
+    assert (len(orders) == 1) == kept
+    assert {order[4 - last :] for order in orders} == {tuple(texts[4 - last :])}
+    assert all(q.options[LETTERS.index(q.answer)] == texts[-1] for q in questions)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_conversations_are_taken_whole():
+    """The user's last message is the question, what stands before it is its history."""
+    talk = [SYSTEM, {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    rows = [
+        {"prompt": messages, "reward_model": {"ground_truth": "5"}}
+        for messages in ([SYSTEM, *USER], [*talk, *USER], USER)
+    ]
+    questions = rows_of(*rows)
+    assert [q.text for q in questions] == ["What is 2 + 3?"] * 3
+    assert [q.conversation for q in questions] == [row["prompt"] for row in rows]
+    assert len({q.message for q in questions}) == 3 and questions[2].message == "What is 2 + 3?"
+    with pytest.raises(SystemExit, match="prompt.0.content: a system message; name the list"):
+        rows_of(*rows, question_column="prompt.0.content")
+
+
+@pytest.mark.parametrize(
+    "name", ["answer_letter", "answer_index", "answer_text", "answer_idx", "correct_answer"]
+)
+def test_usual_names_of_the_answer(name):
+    answer = {"answer_letter": "B", "answer_index": 1, "answer_idx": "B"}.get(name, "x")
+    (question,) = rows_of({"question": "Which?", "options": ["w", "x", "y"], name: answer})
+    assert name in ANSWERS and question.options[LETTERS.index(question.answer)] == "x"
+
+
+def test_what_is_left_out_is_counted():
+    rows = [{"question": q, "answer": "1"} for q in ("a", "b", "a", "", None, " a ")]
+    data, dropped = Dataset.from_list(rows), Counter()
+    assert len(read(data, find_columns(data, None, FLAGS, False), 1, dropped)) == 2
+    assert dropped == {"asked before": 2, "without a question": 2}
+
+
+def answers_in(folder: Path, name: str, content: str | bytes) -> list[str | None]:
+    """The answers of a data set of one file."""
+    folder.mkdir(exist_ok=True)
+    content = content if isinstance(content, bytes) else content.encode()
+    (folder / name).write_bytes(content)
+    return [q.answer for q in load_split(FLAGS, str(folder / name), None, None, "train", False)]
+
+
+WRITTEN = {  # what stands in a file, and the text that it is
+    '"2024-05-01"': "2024-05-01", '"2024-05-01T10:00:00Z"': "2024-05-01T10:00:00Z", '"10:30"': "10:30",
+    "9007199254740993": "9007199254740993", "123456789012345678901234567890": "123456789012345678901234567890",
+    "0.10": "0.10", "12.50": "12.50", "1e-7": "1e-7", "0.30000001192092896": "0.30000001192092896", '"007"': "007",
+    '"NA"': "NA", '"None"': "None", '"nan"': "nan", "NaN": None, "null": None, '""': None, "3": "3", '"1,000"': "1,000",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".json", ".jsonl.gz", ".csv", ".tsv"])
+def test_values_are_kept_as_they_are_written(tmp_path, ending):
+    rows = [f'{{"question": "{i}?", "answer": {x}}}' for i, x in enumerate(WRITTEN)]
+    text, wanted = "\n".join(rows), list(WRITTEN.values())
+    if ending == ".json":
+        text = "[\n" + ",\n".join(rows) + "]"
+    elif ending in (".csv", ".tsv"):
+        mark = "," if ending == ".csv" else "\t"
+        cells = ["" if x == "null" else x for x in WRITTEN]
+        text = "\n".join(
+            [f"question{mark}answer", *(f"{i}?{mark}{x}" for i, x in enumerate(cells))]
+        )
+        wanted[list(WRITTEN).index("NaN")] = "NaN"
+    content = gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode("utf-8-sig")
+    assert answers_in(tmp_path, f"rows{ending}", content) == wanted
+
+
+def test_rows_of_several_lines_and_of_different_columns(tmp_path):
+    text = '{"question": "a\\nb",\n "answer": 1}\n\n{"answer": "x", "question": "c", "other": []}'
+    assert answers_in(tmp_path, "rows.jsonl", text) == ["1", "x"]
+    assert answers_in(tmp_path, "rows.csv", 'question,answer\n"a\nb, c","1,000"\n') == ["1,000"]
+
+
+def test_float32_and_dates_of_parquet(tmp_path):
+    kinds = {
+        "question": Value("string"),
+        "choices": List(Value("float32")),
+        "answer": Value("float32"),
+    }
+    rows = [{"question": "?", "choices": [0.1, 0.25, 3.0], "answer": 0.1}]
+    Dataset.from_list(rows, features=Features(kinds)).to_parquet(str(tmp_path / "train.parquet"))
+    (question,) = load_split(FLAGS, str(tmp_path), None, None, "train", False)
+    assert sorted(question.options) == ["0.1", "0.25", "3"]
+    assert question.options[LETTERS.index(question.answer)] == "0.1"
+    date = Dataset.from_list([{"question": "?", "answer": "2024-05-01"}])
+    date = date.cast_column("answer", Value("timestamp[s]"))  # as readers that guess types have it
+    assert read(date, find_columns(date, None, FLAGS, False), 1)[0].answer == "2024-05-01"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows", '{"question": "?", "answer": 1}', "rows: its ending is none of .jsonl, .json, .csv, .tsv, .parquet"),
+        ("rows.txt", "?", "its ending is none of"),
+        ("rows.jsonl.bz2", bz2.compress(b"{}"), "its ending is none of"),
+        ("rows.jsonl", "", "there are no rows"),
+        ("rows.csv", "question,answer\n", "there are no rows"),
+        ("rows.parquet", "", "could not be loaded"),
+        ("rows.jsonl.gz", gzip.compress(b"{}")[:9], "could not be loaded"),
+        ("rows.csv", "question,answer\ncafé,1\n".encode("latin-1"), "it is not UTF-8 .*0xe9.*; iconv"),
+        ("rows.jsonl", '{"question": "?", "answer": 1}\n{"question"', "could not be loaded .*line 2"),
+        ("rows.jsonl", '{"question": "?", "answer": 1}\n"x"', "row 2 is no object with columns"),
+        ("rows.csv", "question,answer\nOne, two?,1\n", "row 1 has more cells than the header"),
+        ("rows.json", '{"data": [{"question": "?"}]}', "none of the usual names .* columns data"),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused_in_one_sentence(tmp_path, name, content, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        answers_in(tmp_path, name, content)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_are_refused_in_one_sentence():
+    for name, message in (("", "the name is empty"), ("./nowhere", "no such file or folder")):
+        with pytest.raises(SystemExit, match=message):
+            load_split(FLAGS, name, None, None, "train", False)
 
 
 def test_layout():

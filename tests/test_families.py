@@ -2,20 +2,26 @@
 the template, by the tokenizer or not at all, several EOS ids, no pad token, pad that is EOS, a
 default system message, thoughts, a vocabulary larger than the tokenizer's, sliding windows."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -26,9 +32,11 @@ from transformers import (
 import ppo_baseline as ppo
 from tests.conftest import bare_world
 from utils.generation import generate
-from utils.models import load_policy
+from utils.models import TODAY, Chat, load_policy
 from utils.tensors import pack
 from utils.world.problems import Problem
+from utils.world.reward_model import load_reward_model
+from utils.world.tasks import MathTask, check_context
 
 CPU = torch.device("cpu")
 CHATML = (
@@ -285,8 +293,6 @@ def test_a_run_with_each_family_and_lora(run_main, folders, name, script_name):
 
 
 def test_a_template_without_a_system_role_says_so(tmp_path):
-    from dataclasses import replace
-
     folder = build(replace(FAMILIES["gemma3"], template=NO_SYSTEM), tmp_path)
     _, chat = load_policy(str(folder), CPU, system="Be brief.")
     with pytest.raises(
@@ -297,10 +303,13 @@ def test_a_template_without_a_system_role_says_so(tmp_path):
 
 
 def test_a_template_that_rewrites_answers_says_so(tmp_path):
-    from dataclasses import replace
-
     folder = build(
-        replace(FAMILIES["smollm2"], template=CHATML.replace("m.content", "m.content | upper")),
+        replace(
+            FAMILIES["smollm2"],
+            template=CHATML.replace(
+                "m.content", "(m.content | upper if m.role == 'assistant' else m.content)"
+            ),
+        ),
         tmp_path,
     )
     _, chat = load_policy(str(folder), CPU)
@@ -308,3 +317,265 @@ def test_a_template_that_rewrites_answers_says_so(tmp_path):
         SystemExit, match="does not repeat earlier answers as they were; use --max-turns 1"
     ):
         chat.user_turn_ids("Hi")
+
+
+# ---- templates ----
+
+
+def chat_of(family: str, folder: Path, template: str | None, **flags) -> Chat:
+    """The chat format of a family, with another template."""
+    return load_policy(
+        str(build(replace(FAMILIES[family], template=template), folder)), CPU, **flags
+    )[1]
+
+
+SPACED = (  # as Llama 2 has it: blanks around the answer, EOS and BOS between turns
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + 'END' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", [" ", "\n", " \n", ""])
+def test_one_eos_between_turns(tmp_path, end):
+    chat = chat_of("llama3", tmp_path, SPACED.replace("END", end.replace("\n", "\\n")))
+    ids = chat.user_turn_ids("Now 3")
+    assert chat.tokenizer.decode(ids) == "<|begin_of_text|>[INST] Now 3 [/INST]"
+
+
+def test_tokens_of_a_later_turn_are_those_of_the_whole(tmp_path):
+    """Also of a tokenizer that puts a blank before the first word of a text (SentencePiece)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["<|user|>\nNow 3 Hi 1 2 x\n<|assistant|>\n [INST]"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    turns = [("user", "Hi 1"), ("assistant", "2"), ("user", "Now 3")]
+    whole = fast.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        add_generation_prompt=True, tokenize=True, return_dict=False,
+    )  # fmt: skip
+    ids = Chat(fast, [fast.eos_token_id]).user_turn_ids("Now 3")
+    assert (
+        whole[-len(ids) - 1 :] == [fast.eos_token_id, *ids] and whole.count(fast.eos_token_id) == 3
+    )
+
+
+@pytest.mark.parametrize("blank", ["", "\\n"])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_turn_ends_with_the_token_of_the_template(tmp_path, special, blank):
+    """ChatML put onto a model whose EOS is another token."""
+    family = replace(
+        FAMILIES["pythia"], template=CHATML.replace("<|im_end|>", blank + "<|im_end|>")
+    )
+    folder = build(family, tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    _, chat = load_policy(str(folder), CPU)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert set(chat.eos_ids) == {tokenizer.eos_token_id, end}
+    assert chat.decode([*tokenizer("42")["input_ids"], end]) == "42"
+
+
+TAGS = [
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tags", TAGS, ids=lambda tags: tags[0])
+@pytest.mark.parametrize("in_prompt", [True, False])
+@pytest.mark.parametrize("kind", ["special", "added", "text"])
+def test_a_thought_is_not_judged(tokenizer_of_chatml, tags, in_prompt, kind):
+    """Whether its opening tag stands in the prompt or in the answer, whatever it is called, and
+    whether or not decoding would leave the tags out; least of all a thought that does not end."""
+    tokenizer = tokenizer_of_chatml
+    if kind != "text":
+        tokenizer.add_tokens(list(tags), special_tokens=kind == "special")
+    opening = f"assistant\\n{tags[0]}\\n" if in_prompt else "assistant\\n"
+    tokenizer.chat_template = CHATML.replace("assistant\n", opening)
+    chat = Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    begun = "" if in_prompt else tags[0]
+    problem, task = Problem("?", "9", []), MathTask([], [], {})
+
+    def grade(text: str) -> float:
+        return task.grade(problem, [chat.decode(tokenizer(text + "<|im_end|>")["input_ids"])])
+
+    assert grade(f"{begun} Is it 9? The answer is 9.") == 0
+    assert grade(f"{begun} The answer is 7.{tags[1]} The answer is 9.") == 1
+    assert grade(f"{begun} The answer is 9.{tags[1]} The answer is 7.") == 0
+    assert (
+        chat.decode(tokenizer(f"{begun}7{tags[1]}9")["input_ids"]).replace("\n", "")
+        == "<think>7</think>9"
+    )
+
+
+@pytest.fixture
+def tokenizer_of_chatml(folders):
+    return PreTrainedTokenizerFast.from_pretrained(folders["smollm2"])
+
+
+@pytest.mark.parametrize(
+    "template, role",
+    [
+        (CHATML.replace("for m in messages", "for m in messages if m.role != 'system'"), "system"),
+        (CHATML.replace("for m in messages", "for m in messages if m.role != 'user'"), "user"),
+        (CHATML.replace("m.content", "m.content[:5]"), "system"),
+    ],
+)
+def test_a_template_that_swallows_a_message_is_refused(tmp_path, template, role):
+    with pytest.raises(SystemExit, match=f"leaves out or changes the {role} message"):
+        chat_of("smollm2", tmp_path, template, system="Be brief.").prompt_ids("How many?")
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ none + 'a' }}", "{% for i in range(10**9) %}{% endfor %}", "{% if %}"])  # fmt: skip
+def test_a_template_that_fails_is_refused(tmp_path, fault):
+    with pytest.raises(SystemExit, match="the chat template of .* refuses"):
+        chat_of("smollm2", tmp_path, fault)
+
+
+def test_no_eos_behind_a_prompt(tmp_path):
+    """Some tokenizers put one behind every text."""
+    folder = build(FAMILIES["llama3-base"], tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in (bos, eos)],
+    )
+    chat = Chat(tokenizer, [tokenizer.eos_token_id])
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(chat.prompt_ids("Hi")) == f"{bos}Question: Hi\nAnswer:"
+    assert tokenizer.decode(chat.user_turn_ids("Hi")) == "\n\nQuestion: Hi\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    "date", ["strftime_now('%d %b %Y')", "date_string | default(strftime_now('%d %b %Y'))"]
+)
+def test_the_date_in_a_template_is_the_same_on_every_day(tokenizer_of_chatml, monkeypatch, date):
+    tokenizer_of_chatml.chat_template = CHATML.replace("You are kind.", f"' + {date} + '")
+    chat, tokens = Chat(tokenizer_of_chatml, [2]), []
+    for year in (2024, 2031):
+        day = type("Day", (datetime,), {"now": classmethod(lambda cls, year=year: cls(year, 1, 2))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)
+        plain = tokenizer_of_chatml.apply_chat_template(
+            [{"role": "user", "content": "x"}], tokenize=False
+        )
+        assert str(year) in plain
+        tokens.append((chat.prompt_ids("Hi"), chat.user_turn_ids("Hi")))
+    assert tokens[0] == tokens[1] and f"{TODAY:%d %b %Y}" in chat.decode(tokens[0][0])
+
+
+def test_a_conversation_of_the_data_is_asked_whole(folders):
+    """Its system message gives way to --system-prompt."""
+    talk = [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello."), ("user", "How many?")]
+    messages = [{"role": role, "content": text} for role, text in talk]
+    for system, first in ((None, "Be kind."), ("Be brief.", "Be brief.")):
+        _, chat = load_policy(str(folders["smollm2"]), CPU, system=system)
+        whole = chat.tokenizer.apply_chat_template(
+            [{"role": "system", "content": first}, *messages[1:]], add_generation_prompt=True, tokenize=False
+        )  # fmt: skip
+        assert chat.tokenizer.decode(chat.conversation_ids(messages)) == whole
+
+
+# ---- files ----
+
+
+def lacks_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def configure(**changes):
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def larger_tokenizer(folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(folder)
+
+
+DAMAGES = {
+    "lacks": (lacks_weights, "its files lack 1 weights of .*layers.1.mlp.up_proj.weight.* would be random"),
+    "more layers": (configure(num_hidden_layers=3), "its files lack 9 weights of .*, ..."),
+    "cut": (cut, "could not be loaded"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
+    "garbage": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 999), "could not be loaded"),
+    "none": (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
+    "pad beyond": (configure(pad_token_id=9999), "could not be loaded .*[Pp]adding_idx"),
+    "wrong types": (configure(hidden_size="many"), "could not be loaded"),
+    "larger tokenizer": (larger_tokenizer, "its tokenizer has 281 tokens, its embedding 279 rows; model.resize"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "could not be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["--model", "--reward-model"])
+def test_damaged_files_are_refused_in_one_sentence(tmp_path, kind, damage):
+    family = FAMILIES["llama3"]
+    folder = build(family, tmp_path)
+    if kind == "--reward-model":
+        config = LlamaConfig.from_pretrained(folder, num_labels=1)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+        load_reward_model(str(folder), CPU, 4)
+    change, message = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(SystemExit, match=f"{kind} {folder}: {message}") as error:
+        load_policy(str(folder), CPU) if kind == "--model" else load_reward_model(
+            str(folder), CPU, 4
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_heads_that_a_checkpoint_lacks_are_refused(tmp_path):
+    """A causal LM has no score, a classifier no words, even where it shares the embedding."""
+    folder = build(FAMILIES["llama3"], tmp_path)
+    configure(num_labels=1)(folder)
+    with pytest.raises(SystemExit, match="its files lack 1 weights of .*score.weight"):
+        load_reward_model(str(folder), CPU, 4)
+    for tied, message in ((True, "a classifier, whose head"), (False, "lack 1 weights .*lm_head")):
+        folder = build(FAMILIES["llama3"], tmp_path / str(tied))
+        config = LlamaConfig.from_pretrained(folder, num_labels=1, tie_word_embeddings=tied)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+        with pytest.raises(SystemExit, match=message):
+            load_policy(str(folder), CPU)
+
+
+def test_no_more_tokens_than_the_model_has_positions_for(tmp_path, folders):
+    """Said at the start; of learned positions also where a later turn would be beyond them."""
+    policy, chat = load_policy(str(folders["llama3"]), CPU)
+    problems = [Problem("p", "1", [5] * n) for n in (20, 60)]
+    check_context(chat, problems, 256 - 60)
+    with pytest.raises(SystemExit, match="--max-new-tokens 197: .* 60 tokens .* 256 positions"):
+        check_context(chat, problems, 197)
+    generate(policy, chat, [[5] * 250], 10, 0.0)  # rotary positions go on
+    folder = build(FAMILIES["pythia"], tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=0)).save_pretrained(folder)  # fmt: skip
+    policy, chat = load_policy(str(folder), CPU)
+    assert chat.context == 64
+    chat.eos_ids = [299]
+    assert len(generate(policy, chat, [[5] * 50], 14, 0.0)[0].tokens) == 14
+    with pytest.raises(SystemExit, match="longer than the 64 positions that the model has learned"):
+        generate(policy, chat, [[5] * 60], 14, 0.0)

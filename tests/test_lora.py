@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.conftest import SCRIPTS, read_metrics, read_samples
 from utils import tensors
@@ -114,6 +114,61 @@ def test_a_run_goes_on_with_or_without_lora_as_it_began(run_main):
         SystemExit, match="--lora-rank: the run was made without LoRA and cannot go on otherwise"
     ):
         run_main("grpo_baseline", resume=folder, updates=2, lora_rank=2)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory, tokenizer):
+    """A random mixture of four experts, two of them active."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_mixture_of_experts_is_the_adapted_one(mixture, tmp_path, dtype):
+    """All experts of a layer are two tensors, not linear layers."""
+    policy, _ = load_policy(str(mixture), CPU, lora_rank=2, dtype=dtype)
+    for parameter in trainable(policy):
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_policy(policy, tmp_path)
+    before, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in (mixture, tmp_path)
+    )
+    changed = {
+        name
+        for name, x in plain.state_dict().items()
+        if not torch.equal(x, before.state_dict()[name])
+    }
+    assert {f"model.layers.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")} < changed
+    assert plain.state_dict().keys() - changed == {
+        name
+        for name in plain.state_dict()
+        if "norm" in name or "embed" in name or "lm_head" in name
+    }
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        given, wanted = plain(tokens).logits, policy(input_ids=tokens).logits
+    if dtype == torch.float32:
+        assert torch.allclose(given, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo_baseline", "vrpo_math"])
+def test_resume_with_lora_on_a_mixture_of_experts(name, run_main, mixture):
+    flags = {"model": str(mixture), "lora_rank": 2, "kl_coef": 0.01, "learning_rate": 1e-2}
+    whole = run_main(name, run_name="whole", updates=2, **flags)
+    half = run_main(name, run_name="half", updates=1, **flags)
+    run_main(name, resume=half, updates=2, run_name="half", **flags)
+    assert read_metrics(half) == read_metrics(whole)
+    state = torch.load(whole / "checkpoints" / "000002" / "state.pt", weights_only=True)
+    trained = [x for key, x in state["adapters"].items() if "experts" in key and "lora_B" in key]
+    assert trained and all(x.abs().max() > 0 for x in trained)  # they begin at zero
 
 
 def test_lora_in_bfloat16_and_with_a_learned_head(run_main):

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import vrpo_dialogue
 from tests.conftest import ROOT
+from utils.models import conversation_ids
 from utils.world.reward_model import (
     Args,
     RewardModel,
@@ -19,7 +20,6 @@ from utils.world.reward_model import (
     load_reward_model,
     main,
     on_reward_scale,
-    pad_by_eos,
     train,
 )
 from utils.world.tasks import DialogueTask
@@ -36,7 +36,6 @@ def model(tiny_model) -> RewardModel:
     torch.manual_seed(0)
     backbone = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    pad_by_eos(backbone, tokenizer)
     return RewardModel(backbone.eval(), tokenizer, 4)
 
 
@@ -57,6 +56,30 @@ def test_scores_do_not_depend_on_the_batch(model):
     model.batch_size = 1
     assert together == pytest.approx(model.score(conversations), abs=1e-5)
     assert len(set(together)) == 4
+
+
+@pytest.mark.parametrize("declared", [None, 0, 1])
+def test_a_model_without_a_pad_token_is_read_at_its_last_token(model, declared):
+    """Also where that is EOS, which would be skipped if it filled the rows; what the configuration
+    says is of no account without a token."""
+    model.tokenizer.pad_token = None
+    model.config.pad_token_id = declared
+    model = RewardModel(model.model, model.tokenizer, 4)
+    talks = [talk("x", "yes"), talk("How many?", "y " * 40), talk("a", "b", "c", "d")]
+    alone = []
+    for conversation in talks:
+        ids = conversation_ids(model.tokenizer, conversation, to_be_continued=False)
+        assert ids[-1] == model.tokenizer.eos_token_id
+        hidden = model.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        alone.append(model.model.score(hidden).item())
+    assert model.score(talks) == pytest.approx(alone, abs=1e-5)
+    assert model.config.pad_token_id is None  # so plain transformers reads it alike, once saved
+
+
+def test_scores_that_are_not_finite_stop_the_run(model):
+    model.model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(SystemExit, match="--reward-model .*: a score is not finite"):
+        model.score([talk("x", "yes")])
 
 
 def test_training_ranks_a_toy_set_and_noise_is_counted(model):

@@ -92,6 +92,43 @@ def test_leaks_and_long_prompts_are_dropped_and_counted(chat, tmp_path):
         load(chat, tmp_path, max_prompt_tokens=1)
 
 
+def test_duplicates_and_rows_without_a_question_are_counted(chat, tmp_path):
+    write(tmp_path, "train.jsonl", [*ROWS, *ROWS[:3], {"problem": "", "solution": "1"}])
+    write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}] * 2)
+    assert load(chat, tmp_path).dropped == {
+        "test problems asked before": 1,
+        "train problems asked before": 3,
+        "train problems without a question": 1,
+    }
+    write(tmp_path, "test.jsonl", [{"problem": "", "solution": "1"}, {"problem": "x"}])
+    with pytest.raises(SystemExit, match="--test-split test: no problem is left of 2 .dropped"):
+        load(chat, tmp_path)
+
+
+def test_conversations_become_prompts_with_the_template_around_the_question(chat, tmp_path):
+    before = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    asked = [{"role": "user", "content": "What is 2 + 3?"}]
+    rows = [{"prompt": messages, "answer": "5"} for messages in (asked, before + asked)]
+    write(tmp_path, "train.jsonl", rows)
+    (tmp_path / "test.jsonl").write_text('{"prompt": "x", "answer": "1"}\n')
+    task = load(chat, tmp_path, prompt_template="{question} Be brief.")
+    asked = [{"role": "user", "content": "What is 2 + 3? Be brief."}]
+    wanted = [chat.conversation_ids(asked), chat.conversation_ids(before + asked)]
+    assert [p.prompt_ids for p in task.train] == wanted
+    assert task.train[0].key == "What is 2 + 3?" != task.train[1].key
+
+
+def test_prompt_and_answer_must_fit_the_model(chat, tmp_path):
+    write(tmp_path, "train.jsonl", ROWS)
+    write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}])
+    chat.context = 100
+    assert load(chat, tmp_path, max_new_tokens=48)
+    with pytest.raises(
+        SystemExit, match="--max-new-tokens 99: behind the longest prompt of .* 100 positions"
+    ):
+        load(chat, tmp_path, max_new_tokens=99)
+
+
 def test_missing_data_and_bad_templates(chat, tmp_path):
     with pytest.raises(SystemExit, match="--dataset ./nowhere: no such file or folder"):
         load(chat, "./nowhere")
@@ -159,7 +196,7 @@ def test_a_template_that_ends_turns_with_text_after_eos(tokenizer, tiny_model):
 
 
 def test_rows_are_filled_with_eos():
-    """A pad token that was added to the tokenizer may lie outside the model's embedding."""
+    """Whether the tokenizer has a pad token or not."""
     assert Chat(SimpleNamespace(pad_token_id=99999), [3, 9]).pad_id == 3
 
 

@@ -15,6 +15,7 @@ Its accuracy is reported against the true outcome and against the annotator, on 
 training."""
 
 import json
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ import torch.nn.functional as F
 import tyro
 from rich.progress import track
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from utils.args import check_ranges
 from utils.errors import stop
-from utils.models import answer, conversation_ids, first_line, load_policy, pick_device
+from utils.models import answer, check_whole, conversation_ids, first_line, load_policy, pick_device
 from utils.world.problems import Problem
 from utils.world.tasks import DialogueTask
 from utils.world.user import outcome
@@ -42,6 +44,9 @@ class RewardModel:
 
     def __init__(self, model, tokenizer, batch_size: int):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        # by what fills the rows the model finds their last tokens, from which it reads the score
+        self.config = model.config.get_text_config()
+        self.config.pad_token_id = tokenizer.pad_token_id
 
     def __call__(self, conversations: list[Conversation]) -> Tensor:
         """Scores (B,) of conversations, with gradient."""
@@ -50,10 +55,23 @@ class RewardModel:
             for messages in conversations
         ]
         rows = [
-            row[-getattr(self.model.config, "max_position_embeddings", len(row)) :] for row in rows
+            row[-getattr(self.config, "max_position_embeddings", len(row)) :] for row in rows
         ]  # the end counts
-        inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return self.model(**inputs.to(self.model.device)).logits.squeeze(-1).float()
+        pad = self.tokenizer.pad_token_id
+        if pad is None:  # then any token that no row has: EOS would hide a row's own
+            used = set().union(*rows)
+            pad = next(i for i in range(len(used) + 1) if i not in used)
+        rows = [torch.tensor(row) for row in rows]
+        inputs = {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(row) for row in rows], batch_first=True
+            ),
+        }
+        self.config.pad_token_id = pad
+        logits = self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits
+        self.config.pad_token_id = self.tokenizer.pad_token_id
+        return logits.squeeze(-1).float()
 
     @torch.no_grad()
     def score(self, conversations: list[Conversation]) -> list[float]:
@@ -67,6 +85,10 @@ class RewardModel:
             rows = order[start : start + self.batch_size]
             for i, score in zip(rows, self([conversations[i] for i in rows]).tolist(), strict=True):
                 scores[i] = score
+        if not all(map(math.isfinite, scores)):
+            stop(
+                f"--reward-model {self.model.name_or_path}: a score is not finite; are its weights sound?"
+            )
         return scores
 
     def score_episodes(self, task, episodes: list, per: str) -> Tensor:
@@ -101,26 +123,20 @@ def on_reward_scale(
 
 def load_reward_model(name: str, device: torch.device, batch_size: int) -> RewardModel:
     """A reward model from a Hugging Face folder or the hub. Stops with one sentence if it does not
-    load, or has more than one output."""
+    load whole, or has more than one output."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the files of others can be broken in any way
         stop(f"--reward-model {name}: could not be loaded ({first_line(error)})")
     if model.config.num_labels != 1:
         stop(
             f"--reward-model {name}: it has {model.config.num_labels} outputs; a reward model has one"
         )
-    pad_by_eos(model, tokenizer)
+    check_whole(f"--reward-model {name}", model, tokenizer, found)
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, batch_size)
-
-
-def pad_by_eos(model, tokenizer) -> None:
-    """A model finds the last token of a row by the padding behind it, so it needs a padding token:
-    EOS, where it has none."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 @dataclass
@@ -277,7 +293,6 @@ def main(args: Args) -> None:
     backbone = AutoModelForSequenceClassification.from_pretrained(
         args.policy, num_labels=1, dtype=torch.float32
     )
-    pad_by_eos(backbone, chat.tokenizer)
     model = RewardModel(backbone.to(device), chat.tokenizer, args.batch_size)
     train(model, pairs, args)
     model.model.eval()

@@ -1,5 +1,6 @@
 """Tasks: questions and goals turned into prompts, and graded."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
@@ -17,7 +18,7 @@ from utils.world.answers import (
     short_answer,
     to_number,
 )
-from utils.world.data import Question, load_split
+from utils.world.data import load_split
 from utils.world.goals import UNSEEN, load_goals
 from utils.world.problems import Problem, Task
 from utils.world.user import User, first_message, outcome, play
@@ -160,7 +161,7 @@ def load_task(args, chat: Chat) -> Task:
     sentence where something does not fit."""
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
-    kind, rows = load_dialogues(args) if args.task == "dialogue" else load_questions(args)
+    kind, rows, lost = load_dialogues(args) if args.task == "dialogue" else load_questions(args)
     splits: dict[str, list[Problem]] = {"test": [], "train": []}
     dropped: dict[str, int] = {}
     for name, problems in splits.items():
@@ -174,6 +175,7 @@ def load_task(args, chat: Chat) -> Task:
         held_out = {p.key for p in splits["test"]}
         problems += [p for p in short if p.key not in held_out]
         counts = {
+            **lost[name],
             "without a reference": len(rows[name]) - len(known),
             "with too long a prompt": len(asked) - len(short),
         }
@@ -181,45 +183,59 @@ def load_task(args, chat: Chat) -> Task:
         dropped |= {f"{name} problems {reason}": n for reason, n in counts.items() if n}
         if not problems:
             split = getattr(args, f"{name}_split") or name
+            total = len(rows[name]) + sum(lost[name].values())
             stop(
-                f"--{name}-split {split}: no problem is left of {len(rows[name])} (dropped: {dropped}); see --max-prompt-tokens"
+                f"--{name}-split {split}: no problem is left of {total} (dropped: {dropped}); see --max-prompt-tokens"
             )
+    check_context(chat, splits["train"] + splits["test"], args.max_new_tokens)
     # args.json then tells of how many problems a score is the mean
     args.eval_size = min(args.eval_size, len(splits["test"]))
     return kind(splits["train"], splits["test"], dropped)
 
 
-def prompt(chat: Chat, template: str, message: str) -> list[int]:
-    return chat.prompt_ids(template.replace("{question}", message))
+def prompt(chat: Chat, template: str, asked: str | list[dict[str, str]]) -> list[int]:
+    """Tokens of a question, or of a conversation that ends with one, the template around it."""
+    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    question = template.replace("{question}", turns[-1]["content"])
+    return chat.conversation_ids([*turns[:-1], {"role": "user", "content": question}])
 
 
-# For "train" and "test": key, first message, what counts as right, options.
-Rows = dict[str, list[tuple[str, str, Any, tuple[str, ...]]]]
+def check_context(chat: Chat, problems: list[Problem], max_new_tokens: int) -> None:
+    """Stop where a prompt and an answer are more than the model has positions for."""
+    longest = max(len(p.prompt_ids) for p in problems)
+    if chat.context is not None and longest + max_new_tokens > chat.context:
+        stop(
+            f"--max-new-tokens {max_new_tokens}: behind the longest prompt of {longest} tokens that is more than "
+            f"the model's {chat.context} positions; lower it or --max-prompt-tokens"
+        )
 
 
-def load_questions(args) -> tuple[Callable, Rows]:
+# For "train" and "test": key, first message or conversation, what counts as right, options; and
+# what has been left out, by reason.
+Rows = dict[str, list[tuple[str, str | list[dict[str, str]], Any, tuple[str, ...]]]]
+Lost = dict[str, Counter]
+
+
+def load_questions(args) -> tuple[Callable, Rows, Lost]:
     """Questions and reference answers of the data sets. The key of a problem is its question with
     the options."""
+    lost: Lost = {"train": Counter(), "test": Counter()}
 
-    def problems(questions: list[Question]) -> list[tuple[str, str, Any, tuple[str, ...]]]:
-        return [(q.message, q.message, q.answer, q.options) for q in questions]
+    def problems(part: str, name: str, config: str | None, split: str | None, unlabelled: bool):
+        found = load_split(args, name, config, split, part, unlabelled, lost[part])
+        return [(q.message, q.conversation, q.answer, q.options) for q in found]
 
-    unlabelled = args.noise == "majority-vote"
-    test = (args.dataset, args.dataset_config)
+    train = test = (args.dataset, args.dataset_config)
     if args.test_dataset:  # NAME or NAME:CONFIG
         test = (*args.test_dataset.rsplit(":", 1), None)[:2]
     loaded = {
-        "test": problems(load_split(args, *test, args.test_split, "test", False)),
-        "train": problems(
-            load_split(
-                args, args.dataset, args.dataset_config, args.train_split, "train", unlabelled
-            )
-        ),
+        "test": problems("test", *test, args.test_split, False),
+        "train": problems("train", *train, args.train_split, args.noise == "majority-vote"),
     }
-    return {"math": MathTask, "science": ScienceTask}[args.task], loaded
+    return {"math": MathTask, "science": ScienceTask}[args.task], loaded, lost
 
 
-def load_dialogues(args) -> tuple[Callable, Rows]:
+def load_dialogues(args) -> tuple[Callable, Rows, Lost]:
     """Goals of the schema, each with the calls that the assistant may make and the user's opening
     words."""
     goals = load_goals(args.schema, args.train_split or "train", args.test_split or "test")
@@ -227,4 +243,4 @@ def load_dialogues(args) -> tuple[Callable, Rows]:
         name: [(g.key, first_message(g, User(g, args.seed).open()), g, ()) for g in members]
         for name, members in goals.items()
     }
-    return partial(DialogueTask, seed=args.seed), rows
+    return partial(DialogueTask, seed=args.seed), rows, {name: Counter() for name in rows}
