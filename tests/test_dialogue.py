@@ -721,3 +721,12 @@ def test_gae_and_rewards_across_turns_by_hand(script):
     # last: 2 - 1 = 1;  before: 1 + 1/2 - 1 = 1/2, + 1/4 * 1 = 3/4;  first: 0 + 1/2 - 1 = -1/2, +
     # 1/4 * 3/4 = -5/16
     assert script.gae(rewards, values, mask, 0.5, 0.5).tolist() == [[0, -5 / 16, 3 / 4, 0, 0, 1]]
+
+
+def test_a_call_in_a_thought_is_not_carried_out():
+    goal = load_goals(SCHEMA, "train", "test")["train"][0]
+    calls = [f"call({goal.subgoals[0].intent.name}; x=1)", "Which one?"]
+    aloud, thought = User(goal, 1), User(goal, 1)
+    aloud.open(), thought.open()
+    assert aloud.hear("\n".join(calls)).startswith("error")
+    assert not thought.hear(f"<think>{calls[0]}</think>{calls[1]}").startswith("error")

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from utils import ranks
 from utils.args import check_ranges
 from utils.errors import stop
 from utils.models import answer, check_whole, conversation_ids, first_line, load_policy, pick_device
@@ -75,16 +76,18 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, conversations: list[Conversation]) -> list[float]:
-        """Scores of conversations; those of similar length go through the model together."""
+        """Scores of conversations; those of similar length go through the model together. Several
+        processes have every so-manieth batch each."""
         order = sorted(
             range(len(conversations)),
             key=lambda i: sum(len(m["content"]) for m in conversations[i]),
         )
-        scores = [0.0] * len(conversations)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for i, score in zip(rows, self([conversations[i] for i in rows]).tolist(), strict=True):
-                scores[i] = score
+        found = torch.zeros(len(order), dtype=torch.float64, device=self.model.device)
+        for i, rows in enumerate(torch.tensor(order).split(self.batch_size)):
+            if i % ranks.RANKS == ranks.RANK:
+                found[rows] = self([conversations[row] for row in rows]).double()
+        ranks.add_up(found)
+        scores = found.tolist()
         if not all(map(math.isfinite, scores)):
             stop(
                 f"--reward-model {self.model.name_or_path}: a score is not finite; are its weights sound?"

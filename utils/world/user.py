@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass, field
 
 from utils.keyed import coin
+from utils.world.answers import after_thinking
 from utils.world.goals import ANY, Goal, Intent, Subgoal, spoken, statement
 
 # useless turns of the assistant that the user bears in a dialogue; after one more, the user leaves
@@ -268,7 +269,8 @@ class User:
 
     def hear(self, text: str) -> str:
         """The user's answer to the assistant's turn, with the service's line in front where there
-        was a call."""
+        was a call. Thoughts are not heard."""
+        text = after_thinking(text)
         self.turn += 1
         try:
             call = parse_call(text, self.goal.calls)
