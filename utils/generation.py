@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from utils import tensors
+from utils.errors import stop
 
 ROOM = 32  # tokens by which a cache grows at a time
 COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
@@ -101,6 +102,17 @@ def choose(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
+def check_context(policy, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Stop unless an answer to each of the prompts has room in the model's context."""
+    context = getattr(policy.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if context and longest + max_new_tokens > context:
+        stop(
+            f"--max-new-tokens {max_new_tokens}: with a prompt of {longest} tokens that is beyond "
+            f"the model's context of {context}; lower it, or --max-prompt-tokens or --max-turns"
+        )
+
+
 def generate(
     policy,
     chat,
@@ -111,6 +123,7 @@ def generate(
 ) -> list[Answer]:
     """The policy's answer to every prompt, of at most max_new_tokens; `at_once` prompts in a batch
     (default: all)."""
+    check_context(policy, prompts, max_new_tokens)
     answers = []
     for start in range(0, len(prompts), at_once or len(prompts) or 1):
         some = prompts[start : start + at_once] if at_once else prompts
