@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 

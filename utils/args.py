@@ -4,15 +4,17 @@ A script's `Args` inherits the groups below and adds its own; each group is a bo
 """
 
 import dataclasses
-import json
+import math
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
-from utils.errors import stop
+from utils.errors import begin, stop
+from utils.files import read_flags
 from utils.ranks import check_sizes
 
 ArgsType = TypeVar("ArgsType")
@@ -54,7 +56,7 @@ class TaskArgs:
     lora_rank: int = 0
     """rank of LoRA adapters on all linear layers of policy and critic; 0 trains the weights"""
     dataset: str = "assets/data/tiny_math"
-    """a folder with <split>.jsonl, .json, .csv or .parquet, or a hub id"""
+    """a folder with <split>.jsonl, .json, .csv, .tsv (.gz too) or .parquet, or a hub id"""
     dataset_config: str | None = None
     """configuration of the data set (a subfolder of a local one); default: the usual one"""
     train_split: str | None = None
@@ -64,7 +66,7 @@ class TaskArgs:
     test_split: str | None = None
     """held-out split; training problems that stand in it too are dropped; default: test"""
     question_column: str | None = None
-    """column of the question; default: the first of question, problem, prompt, ..."""
+    """column of the question, a text or a list of messages; default: question, problem, ..."""
     answer_column: str | None = None
     """column of the reference, bare or ending in `#### n` or a box; default: answer, solution, ..."""
     choices_column: str | None = None
@@ -128,16 +130,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+GROUPED = ("grpo", "dr_grpo", "rloo")  # advantages within a prompt's samples
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda",
     "assumed_false_negative_rate", "assumed_false_positive_rate", "token_ratio", "contamination",
-    "label_noise", "length_bias",
+    "label_noise", "length_bias", "learning_rate", "critic_learning_rate", "head_learning_rate",
 )  # fmt: skip
+MOST = 10**6  # of whatever is counted
 # a curvature needs three quantiles, the Huber loss is divided by kappa, tails do not overlap
 LIMITS = {
-    "quantiles": (3, float("inf")),
-    "huber_kappa": (0.001, float("inf")),
+    "seed": (0, 2**63 - 1),
+    "quantiles": (3, MOST),
+    "huber_kappa": (0.001, math.inf),
     "tail_share": (0, 0.5),
 }
 
@@ -145,6 +150,7 @@ LIMITS = {
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
     """The command line as `cls`. The script's defaults hold; those of another --task where it is
     given; with --resume the run's saved flags. Flags given now override them."""
+    begin()
     given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     task_flag = make_dataclass("TaskFlag", [("task", str, field(default=cls.task))])
     task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
@@ -173,32 +179,64 @@ def parse_groups(
     return cls(**flat)
 
 
+def parse_command(cls: type[ArgsType], description: str | None) -> ArgsType:
+    """The command line of a program that is no script, as `cls`."""
+    begin()
+    return tyro.cli(cls, description=description)
+
+
 def saved_args(cls: type[ArgsType], run: Path) -> ArgsType:
-    """The flags in a run's args.json."""
+    """The flags in a run's args.json. Stops where this version does not know them as they are: the
+    run could not go on as it began."""
     try:
-        saved = json.loads((run / "args.json").read_text())
+        saved = read_flags(run)
     except (OSError, ValueError):
         stop(
             f"--resume {run}: no readable args.json there (give a run directory such as runs/<name>)"
         )
     if saved.pop("script") != Path(sys.argv[0]).stem:
         stop(f"--resume {run}: that run was made by another script")
-    fields = [f for f in dataclasses.fields(cls) if f.name in saved]
-    return cls(**{f.name: Path(saved[f.name]) if f.type is Path else saved[f.name] for f in fields})
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    if unknown := sorted(saved.keys() - kinds.keys()):
+        stop(f"--resume {run}: args.json has flags that are no more: {', '.join(unknown)}")
+    for name, value in saved.items():
+        if not fits(value, kinds[name]):
+            wanted = get_args(kinds[name]) or (kinds[name],)
+            wanted = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
+            stop(f"--resume {run}: args.json has {name} {value!r}, where one fits of: {wanted}")
+    return cls(**{k: Path(v) if kinds[k] is Path else v for k, v in saved.items()})
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of args.json is of a field's type, or one of its choices."""
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(kind))
+    if get_origin(kind) is UnionType:
+        return any(fits(value, one) for one in get_args(kind))
+    return type(value) in {Path: (str,), float: (int, float)}.get(kind, (kind,))
 
 
 def check_ranges(args: Any) -> None:
     """Refuse numbers out of range with one sentence that names the flag: counts start at 1, shares
-    end at 1, nothing is negative."""
+    end at 1, nothing is negative or infinite."""
     types = {f.name: f.type for f in dataclasses.fields(args)}
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         is_count = isinstance(value, int) and types[name] is not float and name not in MAY_BE_ZERO
-        low, high = LIMITS.get(name, (int(is_count), 1 if name in SHARES else float("inf")))
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+        is_number = isinstance(value, float) or types[name] is float
+        most = 1 if name in SHARES else math.inf if is_number else MOST
+        low, high = LIMITS.get(name, (int(is_count), most))
+        if not low <= value <= high or not math.isfinite(value):
+            limits = f"in [{low}, {high}]"
+            if high in (MOST, math.inf) and not value > high:
+                limits = f"at least {low}" + ", and finite" * (not math.isfinite(value))
             stop(f"--{name.replace('_', '-')} {value}: must be {limits}")
+    if getattr(args, "device", "") == "meta":
+        stop("--device meta: it holds no numbers; give auto, cpu, cuda, cuda:1, ...")
+
+
+def check_temperature(args: Any) -> None:
     if args.temperature == 0:
         stop("--temperature 0: must be above 0 (evaluation is greedy whatever it is)")
 
@@ -207,6 +245,17 @@ def check_flags(args: Any) -> None:
     """`check_ranges` of a script's flags, and what must not be combined."""
     check_ranges(args)
     check_sizes(args)
+    check_temperature(args)
+    if (episodes := args.prompts_per_update * args.samples_per_prompt) > MOST:
+        stop(
+            f"--prompts-per-update {args.prompts_per_update} --samples-per-prompt "
+            f"{args.samples_per_prompt}: {episodes} episodes in an update; at most {MOST}"
+        )
+    if args.samples_per_prompt == 1 and getattr(args, "advantage", "none") in GROUPED:
+        stop(
+            f"--samples-per-prompt 1: --advantage {args.advantage} compares the samples of a prompt, "
+            "so nothing would be learnt; give at least 2, or --advantage reinforce_pp"
+        )
     if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
         stop(
             "--noise majority-vote: votes are on final answers, which neither dialogues nor "

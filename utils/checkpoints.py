@@ -4,17 +4,19 @@ renamed."""
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from utils.errors import stop
-from utils.models import has_adapters, save_policy
+from utils.models import first_line, has_adapters, save_policy
 from utils.ranks import by_first
 
 
@@ -41,19 +43,45 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"{update:06d}"
     temporary = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_policy(policy, temporary / "policy")
-    tokenizer.save_pretrained(temporary / "policy")
     adapters = {name: x for name, x in policy.state_dict().items() if "lora_" in name}
     state = {
         key: trained_state(value) if isinstance(value, nn.Module) else value
         for key, value in state.items()
     }
-    torch.save({**state, "adapters": adapters}, temporary / "state.pt")
-    (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    for old in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        save_policy(policy, temporary / "policy")
+        tokenizer.save_pretrained(temporary / "policy")
+        torch.save({**state, "adapters": adapters}, temporary / "state.pt")
+        (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for old in complete_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        stop(
+            f"{folder}: the checkpoint could not be written ({first_line(error)}); what was saved "
+            f"before is whole, and --resume {run} goes on from it"
+        )
+
+
+def restore(folder: Path, state: dict[str, Any], policy, critic, optimizer) -> dict[str, Any]:
+    """Give policy, critic and optimizer what `load_checkpoint` found; returns the scales of the
+    reward models. Stops with one sentence where a checkpoint, whole as it may be, is another
+    run's, or an older version's."""
+    try:
+        restore_policy(policy, folder, state)
+        if critic is not None:
+            restore_critic(critic, state)
+        restore_optimizer(optimizer, state["optimizer"])
+        scales = state["scale"].items()
+        return {name: pair and (float(pair[0]), float(pair[1])) for name, pair in scales}
+    except Exception as error:  # a foreign file can be anything
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        stop(
+            f"--resume: {folder.parent} does not fit this run ({what}); was it written by another "
+            "model or an older version?"
+        )
 
 
 def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
@@ -66,10 +94,15 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     mine = policy.state_dict()
     if adapters and any(mine[name].shape != x.shape for name, x in adapters.items()):
         stop(f"--lora-rank: the run was made with rank {min(next(iter(adapters.values())).shape)}")
-    weights = (
-        adapters or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    if adapters:
+        policy.load_state_dict(adapters, strict=False)
+        return
+    saved, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
     )
-    policy.load_state_dict(weights, strict=not adapters)
+    if lacks := sorted(told["missing_keys"]):
+        raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
+    policy.load_state_dict(saved.state_dict())
 
 
 def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
@@ -82,6 +115,17 @@ def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
             "--resume: the run's critic has other parts or sizes; leave the critic's flags as they were"
         )
     critic.load_state_dict(state["critic"], strict=False)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
+    names = [group["name"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if names != [group["name"] for group in optimizer.param_groups]:
+        raise ValueError("its optimizer has other groups of parameters")
+    for parameter, moments in optimizer.state.items():
+        if any(x.dim() and x.shape != parameter.shape for x in moments.values()):
+            raise ValueError("its optimizer's moments have other sizes than the parameters")
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,13 +153,15 @@ def load_checkpoint(
         try:
             if digests(folder) != json.loads((folder / "manifest.json").read_text()):
                 raise ValueError("its files do not match their digests")
-            return (
-                int(folder.name),
-                folder / "policy",
-                torch.load(folder / "state.pt", map_location=device, weights_only=True),
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            say(f"checkpoint {folder} is damaged ({error}); falling back to the one before it")
+            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError("its state is no dictionary")
+            return int(folder.name), folder / "policy", state
+        except Exception as error:  # a damaged file can be anything
+            reason = first_line(error)
+            if isinstance(error, pickle.UnpicklingError):
+                reason = "its state holds other things than numbers"
+            say(f"checkpoint {folder} is damaged ({reason}); falling back to the one before it")
     if folders:
         stop(f"--resume {run}: no undamaged checkpoint in {run / 'checkpoints'}")
     say(f"{run} has no checkpoint yet: starting at the beginning")

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from utils import ranks
-from utils.checkpoints import load_checkpoint, restore_critic, restore_policy, save_checkpoint
-from utils.errors import stop
-from utils.ranks import RANK, by_first, from_first
+from utils.checkpoints import load_checkpoint, restore, save_checkpoint
+from utils.errors import leave, silence, stop, visible
+from utils.files import claim, make_folder, read_metrics, read_rows, write_atomically, writing
+from utils.models import first_line
+from utils.ranks import by_first, from_first
 
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -30,6 +33,14 @@ SHOWN = {
 }
 
 
+class Screen(Console):
+    """A terminal whose reader may leave and whose disk may be full: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence()
+
+
 class Run:
     """`runs/<name>/` with args.json, metrics.csv, samples.jsonl, transcripts.jsonl and checkpoints/;
     a progress bar; W&B behind --track. With --resume an earlier directory is reopened."""
@@ -38,37 +49,37 @@ class Run:
         self.args, script = args, Path(sys.argv[0]).stem
         default = f"{script}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         name = from_first(lambda: args.run_name or default)
-        self.folder = args.resume or Path("runs") / name
+        self.folder = args.resume or Path("runs") / check_name(name)
+        self.advice = f"; what was saved is whole, and --resume {self.folder} goes on from it"
+        make_folder("--resume" if args.resume else "--run-name", self.folder)
+        self.lock = by_first(claim)(self.folder)
         taken = from_first(lambda: (self.folder / "args.json").exists())
         if args.resume is None and taken:
             stop(
                 f"--run-name {name}: {self.folder} exists; continue it with --resume "
                 f"{self.folder} or choose another name"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         del flags["resume"]
-        saved = json.dumps({"script": script, **flags}, indent=1)
-        by_first(write_atomically)(self.folder / "args.json", saved)
+        self.flags = {"script": script, **flags}
+        self.wandb = by_first(start_wandb)(args, self.folder, flags) if args.track else None
+        if args.resume is None:
+            self.save_flags()
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
-        self.asked_to_stop: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.request_stop)
-        self.wandb = None
-        if args.track and RANK == 0:
-            import wandb
-
-            names = {"project": args.wandb_project, "name": self.folder.name}
-            self.wandb = wandb.init(**names, config=flags, dir=str(self.folder))
-        self.console = Console(highlight=False)
+        self.interrupt: int | None = None
+        self.handlers = {
+            number: signal.signal(number, self.request_stop)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        self.console = Screen(highlight=False, markup=False, emoji=False)
         self.progress = Progress(
             TextColumn("update"),
             MofNCompleteColumn(),
             BarColumn(bar_width=8),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self.console,
         )
         self.bar = self.progress.add_task("", total=args.updates)
@@ -79,6 +90,11 @@ class Run:
     # ---- files ----
 
     @by_first
+    def save_flags(self) -> None:
+        with writing(self.folder / "args.json"):
+            write_atomically(self.folder / "args.json", json.dumps(self.flags, indent=1))
+
+    @by_first
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.csv and to W&B, and move the progress bar. NaN becomes an empty
         cell."""
@@ -86,11 +102,12 @@ class Run:
         self.rows.append({"update": update, **metrics})
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         temporary = self.folder / "metrics.tmp"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.folder / "metrics.csv")
+        with writing(temporary, self.advice):
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(temporary, self.folder / "metrics.csv")
         self.shown |= metrics
         shown = [form.format(self.shown[key]) for key, form in SHOWN.items() if key in self.shown]
         self.progress.update(self.bar, completed=update, description="  ".join(shown))
@@ -107,7 +124,7 @@ class Run:
 
     @by_first
     def append(self, name: str, update: int, rows: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a") as file:
+        with writing(self.folder / name, self.advice), (self.folder / name).open("a") as file:
             file.writelines(json.dumps({"update": update, **row}) + "\n" for row in rows)
 
     # ---- checkpoints ----
@@ -116,13 +133,14 @@ class Run:
         """With --resume, weights, optimizer and reward scale of the newest checkpoint. Returns its
         update, 0 for a fresh run. `critic` is None where there is none."""
         start, folder, state = load_checkpoint(self.args.resume, policy.device, self.print)
+        if start > self.args.updates:
+            stop(f"--updates {self.args.updates}: {self.folder} is at update {start} already")
         if start:
-            restore_policy(policy, folder, state)
-            if critic is not None:
-                restore_critic(critic, state)
-            optimizer.load_state_dict(state["optimizer"])
-            env.scale = state["scale"].get(self.args.reward_model)
-        self.rewind(start)
+            scales = restore(folder, state, policy, critic, optimizer)
+            env.scale = scales.get(self.args.reward_model)
+        if self.args.resume:
+            self.rewind(start)
+            self.save_flags()  # not before: a refused --resume leaves the run as it was
         return start
 
     @by_first
@@ -130,23 +148,30 @@ class Run:
         """Forget rows and samples of later updates, and with 0 those of the start too: a resumed
         run writes them anew."""
         update = update or -1
-        metrics = self.folder / "metrics.csv"
-        if metrics.exists():
-            with metrics.open(newline="") as file:
-                rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-            self.rows = [row for row in rows if int(row["update"]) <= update]
-        for file in (self.folder / "samples.jsonl", self.folder / "transcripts.jsonl"):
-            if file.exists():
-                lines = file.read_text().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["update"] <= update]
-                write_atomically(file, "".join(kept))
+        kept = {}
+        for name in ("metrics.csv", "samples.jsonl", "transcripts.jsonl"):
+            try:
+                read = read_metrics if name == "metrics.csv" else read_rows
+                rows = read(self.folder / name) if (self.folder / name).exists() else []
+                kept[name] = [row for row in rows if int(row["update"]) <= update]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                stop(
+                    f"--resume {self.folder}: {name} is damaged ({first_line(error)}); mend it, or "
+                    "move it away to go on without its rows"
+                )
+        self.rows = kept.pop("metrics.csv")
+        for name, rows in kept.items():
+            with writing(self.folder / name):
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                write_atomically(self.folder / name, text)
 
     def checkpoint(self, update: int, policy, critic, optimizer, env) -> None:
         """Save every --save-every updates, at the end, and where a signal asks to leave: then
         leave."""
         last = update == self.args.updates
-        leaving = max(ranks.gather(self.asked_to_stop), key=lambda number: number or 0)
+        # a signal that any of the processes has had
+        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
+        leaving = self.interrupt is not None
         if update % self.args.save_every == 0 or last or leaving:
             state = {"critic": critic} if critic is not None else {}
             state["optimizer"] = optimizer.state_dict()
@@ -154,52 +179,82 @@ class Run:
             ranks.check_equal(policy, critic)
             save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state)
         if leaving and not last:
-            self.leave(leaving, update)
+            self.leave(f"after update {update}")
 
     # ---- leaving ----
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
-        if self.asked_to_stop is not None:
-            raise KeyboardInterrupt
-        self.asked_to_stop = number
+        if self.interrupt is not None:
+            leave(number)
+        self.interrupt = number
         self.print(
             f"{signal.Signals(number).name}: this update will finish and be saved "
             "(once more to leave at once)"
         )
 
-    def leave(self, number: int, update: int) -> NoReturn:
-        """After a saved update: leave with a clear line, as signal `number` has asked."""
+    def leave(self, when: str) -> NoReturn:
+        """Leave with a clear line, as a signal has asked, `when` everything is saved."""
         self.close()
-        self.print(f"stopped after update {update}, saved; continue with --resume {self.folder}")
-        sys.exit(128 + number)
+        self.print(f"stopped {when}, saved; continue with --resume {self.folder}")
+        sys.exit(128 + self.interrupt)
 
     def close(self) -> None:
         self.stop_progress()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         if self.wandb:
             self.wandb.finish()
+        if self.lock:
+            self.lock.close()
 
     # ---- the terminal ----
 
     @by_first
     def doing(self, what: str) -> None:
-        """Show beside the progress bar what is going on."""
+        """Show beside the progress bar what is going on, whatever went before being saved: where a
+        signal asks to leave, leave."""
+        if self.interrupt is not None:
+            self.leave("before the first update")
         self.progress.update(self.bar, description=what)
 
     @by_first
-    def print(self, message: Any, **options) -> None:
-        self.console.print(message, **options)
+    def print(self, message: Any = "", **options) -> None:
+        """Show a text, or something else that rich can show."""
+        message = visible(message) if isinstance(message, str) else message
+        self.show(lambda: self.console.print(message, **options))
 
     @by_first
     def stop_progress(self) -> None:
         if self.progress.live.is_started:
-            self.progress.stop()
+            self.show(self.progress.stop)
+
+    def show(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except OSError:
+            self.console.on_broken_pipe()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def check_name(name: str) -> str:
+    """A run's name; stops where it would lead out of runs/."""
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
+        stop(f"--run-name {name}: give the name of a folder below runs/, such as vrpo-1")
+    return name
+
+
+def start_wandb(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
+    import wandb
+
+    try:
+        names = {"project": args.wandb_project, "name": folder.name}
+        return wandb.init(**names, config=flags, dir=str(folder))
+    except Exception as error:  # no key, no network, a bad mode: it has a class for each
+        stop(
+            f"--track: Weights & Biases did not start ({first_line(error)}); WANDB_MODE=offline "
+            "needs neither account nor network"
+        )
 
 
 def peak_memory_gb(device: torch.device) -> float:

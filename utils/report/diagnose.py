@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from utils.errors import stop
+from utils.args import parse_command
+from utils.errors import stop, visible
 from utils.report.plot import read_run
 
 Series = dict[int, float]  # update: value
@@ -68,8 +69,11 @@ class History:
         return min(update for update in held if update > max(broken, default=-1))
 
     def now(self, flag: str, otherwise: float) -> float:
-        """The flag's present value."""
-        return self.flags.get(flag, otherwise)
+        """The flag's present value, a number."""
+        value = self.flags.get(flag, otherwise)
+        if not isinstance(value, int | float):
+            stop(f"args.json has {flag} {value!r}, where a number is wanted")
+        return value
 
 
 # what makes the rewards of a noise channel truer
@@ -151,9 +155,9 @@ def dominating_kl(run: History) -> Finding | None:
     """The price of the code outweighs the error that it is paid for."""
     if not run.has("vrpo/ib_kl", "losses/value") or not run.flags.get("beta"):
         return None
-    warmup = run.now("beta_warmup", 1)
+    warmup = max(1, run.now("beta_warmup", 1))
     prices = {
-        u: run.flags["beta"] * min(1.0, u / warmup) * kl
+        u: run.now("beta", 0.0) * min(1.0, u / warmup) * kl
         for u, kl in run.metrics["vrpo/ib_kl"].items()
     }
     run = History(run.flags, run.metrics | {"price": prices})
@@ -213,8 +217,8 @@ def hacked_reward(run: History) -> Finding | None:
     if not run.has(seen, truth):
         return None
     up, down = run.late(seen) - run.early(seen), run.late(truth) - run.early(truth)
-    prompts = (
-        len(run.metrics[truth]) * run.flags["prompts_per_update"]
+    prompts = len(run.metrics[truth]) * max(
+        1, run.now("prompts_per_update", 1)
     )  # the samples of one may all be right or wrong
     error = (
         0.25 * (5 + 3) / prompts
@@ -242,7 +246,7 @@ def collapse(run: History) -> Finding | None:
     best = max(values, key=values.get)
     peak, last = values[best], values[max(values)]
     error = (
-        2 * peak * (1 - min(peak, 1)) / run.flags.get("eval_size", 512)
+        2 * peak * (1 - min(peak, 1)) / max(1, run.now("eval_size", 512))
     ) ** 0.5  # of a difference of two shares
     fallen = max(0.03, 2 * error)
     if peak - last <= fallen:
@@ -351,9 +355,12 @@ class Args:
     """run directories"""
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
     for folder in args.runs:
-        print(f"{folder}: {sentences(folder)}")
+        print(visible(f"{folder}: {sentences(folder)}"))
+
+
+if __name__ == "__main__":
+    main(parse_command(Args, __doc__))

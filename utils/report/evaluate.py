@@ -7,8 +7,8 @@ avg@k, pass@k and maj@k.
         allenai/ai2_arc:ARC-Challenge --max-new-tokens 512 --dtype bfloat16
     python -m utils.evaluate --model DIR --dataset HuggingFaceH4/aime_2024 --samples 16 --temperature 0.7
 
-Prints a table and writes it (results.csv), every completion (completions.jsonl) and the flags
-(args.json) to --out. """
+Prints a table and writes it (results.csv), every completion (completions.jsonl, batch by batch, so
+that Ctrl-C loses none) and the flags (args.json) to --out."""
 
 import csv
 import dataclasses
@@ -16,30 +16,38 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from utils.args import DEFAULTS, check_ranges
-from utils.errors import stop
+from utils.args import DEFAULTS, check_ranges, check_temperature, parse_command
+from utils.errors import stop, visible
+from utils.files import make_folder, write_atomically, writing
 from utils.generation import generate
 from utils.keyed import seed_torch
 from utils.models import Chat, load_policy, pick_device
-from utils.run import write_atomically
 from utils.world.data import DATASETS, load_split
 from utils.world.goals import UNSEEN
 from utils.world.problems import Problem, Task
-from utils.world.tasks import DialogueTask, MathTask, ScienceTask, load_dialogues, prompt
+from utils.world.tasks import (
+    DialogueTask,
+    MathTask,
+    ScienceTask,
+    check_context,
+    load_dialogues,
+    prompt,
+)
 
 MEASURES = (
     "accuracy",
@@ -127,7 +135,9 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
         name, config = (name, None) if Path(name).exists() else (*name.rsplit(":", 1), None)[:2]
         questions = load_split(args, name, config, split or None, "test", unlabelled=False)
         rows = [
-            (q.message, q.message, q.answer, q.options) for q in questions if q.answer is not None
+            (q.message, q.conversation, q.answer, q.options)
+            for q in questions
+            if q.answer is not None
         ]
         known = (
             DATASETS[name].task
@@ -155,16 +165,17 @@ def play(
     args: Args,
     temperature: float,
     what: str,
+    keep: Callable[[list[Answered]], None],
 ) -> list[Answered]:
-    """One episode of every problem, those with prompts of similar length together."""
+    """One episode of every problem, those with prompts of similar length together; `keep` is given
+    every batch as it ends."""
     turns = args.max_turns if isinstance(task, DialogueTask) else 1
     episodes = [Answered(p, [], True, 0) for p in problems]
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
+    what = escape(visible(what))  # a bar's text may have markup
     for start in track(range(0, len(order), args.batch_size), description=what):
-        live = [
-            (episodes[i], list(problems[i].prompt_ids))
-            for i in order[start : start + args.batch_size]
-        ]
+        some = order[start : start + args.batch_size]
+        live = [(episodes[i], list(problems[i].prompt_ids)) for i in some]
         for _ in range(turns):
             answers = generate(
                 policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature
@@ -184,7 +195,18 @@ def play(
             live = following
             if not live:
                 break
+        keep([episodes[i] for i in some])
     return episodes
+
+
+def write(file: TextIO, name: str, task: Task, args: Args, how: str, some: list[Answered]) -> None:
+    """Episodes as lines of completions.jsonl."""
+    with writing(Path(file.name)):
+        for e in some:
+            line = {"data set": name, "decoding": how, **task.show(e.problem, e.completions)}
+            right = task.grade(e.problem, judged(e, args))
+            file.write(json.dumps(line | {"finished": e.finished, "right": right}) + "\n")
+        file.flush()
 
 
 def judged(episode: Answered, args: Args) -> list[str]:
@@ -212,6 +234,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def row(name: str, measure: str, values: list[float], episodes: list[Answered]) -> dict:
     low, high = interval(values)
+    if name.startswith(("=", "+", "-", "@")):
+        name = f"'{name}"  # or a spreadsheet would take it for a formula
     return {
         "data set": name, "measure": measure, "problems": len(values), "value": mean(values), "low": low, "high": high,
         "tokens": mean(e.tokens for e in episodes), "cut off": mean(not e.finished for e in episodes),
@@ -269,6 +293,7 @@ def sampled_rows(
 
 def main(args: Args) -> None:
     check_ranges(args)
+    check_temperature(args)
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
     if any(not 1 <= k <= args.samples for k in args.pass_at):
@@ -280,50 +305,44 @@ def main(args: Args) -> None:
         (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)
     )
     model = args.model or defaults["model"]
-    console, device = Console(highlight=False), pick_device(args.device)
-    policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
-    policy = policy.to(getattr(torch, args.dtype))
     out = (
         args.out or Path("runs") / f"evaluate__{Path(model).name}__{time.strftime('%Y%m%d-%H%M%S')}"
     )
+    make_folder("--out", out)
+    console = Console(highlight=False, markup=False, emoji=False)
+    device = pick_device(args.device)
+    policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
+    policy = policy.to(getattr(torch, args.dtype))
     loaded = {
         name: load_problems(args, name, chat) for name in names
     }  # before anything is computed
-    out.mkdir(parents=True, exist_ok=True)
+    for _, problems in loaded.values():
+        check_context(chat, problems, args.max_new_tokens)
     flags = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(args).items()
     }
-    write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
     rows = []
-    with (out / "completions.jsonl").open("w") as file:
+    with writing(out):
+        write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
+        file = (out / "completions.jsonl").open("w")
+    with file:
         for name, (task, problems) in loaded.items():
             run = partial(play, policy, chat, task)
-            greedy = run(problems, args, 0.0, f"{name}, greedy")
+            keep = partial(write, file, name, task, args)
+            greedy = run(problems, args, 0.0, f"{name}, greedy", partial(keep, "greedy"))
             rows += greedy_rows(name, task, greedy, args)
-            sampled = []
             if args.samples:
                 seed_torch(args.seed, "evaluate", name)
                 repeated = [p for p in problems for _ in range(args.samples)]
-                sampled = run(repeated, args, args.temperature, f"{name}, {args.samples} samples")
+                what = f"{name}, {args.samples} samples"
+                sampled = run(repeated, args, args.temperature, what, partial(keep, "sampled"))
                 rows += sampled_rows(name, task, problems, sampled, args)
-            for decoding, episodes in (("greedy", greedy), ("sampled", sampled)):
-                for e in episodes:
-                    line = {
-                        "data set": name,
-                        "decoding": decoding,
-                        **task.show(e.problem, e.completions),
-                    }
-                    line |= {
-                        "finished": e.finished,
-                        "right": task.grade(e.problem, judged(e, args)),
-                    }
-                    file.write(json.dumps(line) + "\n")
-    with (out / "results.csv").open("w", newline="") as file:
+    with writing(out / "results.csv"), (out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = Table(title=model, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=Text(visible(model)), title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in ("measure", "value", "95 % interval", "problems", "tokens", "cut off"):
         table.add_column(
             column,
@@ -333,7 +352,7 @@ def main(args: Args) -> None:
         )
     for before, r in zip([None, *rows], rows, strict=False):
         if before is None or before["data set"] != r["data set"]:
-            table.add_row(Text(r["data set"], style="bold"))
+            table.add_row(Text(visible(r["data set"]), style="bold"))
         numbers = (
             f"{r['value']:.3f}",
             f"{r['low']:.3f} - {r['high']:.3f}",
@@ -342,8 +361,8 @@ def main(args: Args) -> None:
         )
         table.add_row(f"  {r['measure']}", *numbers, f"{r['cut off']:.2f}")
     console.print(table)
-    console.print(f"{out}: results.csv, completions.jsonl")
+    console.print(visible(f"{out}: results.csv, completions.jsonl"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_command(Args, __doc__))

@@ -1,10 +1,9 @@
 """What a run shows at its end: a problem, two episodes of its training, the curve, what is next."""
 
-import json
-
-from rich.markup import escape
 from rich.text import Text
 
+from utils.errors import visible
+from utils.files import read_rows
 from utils.ranks import by_first
 from utils.report.diagnose import sentences
 from utils.report.plot import plot_runs
@@ -34,56 +33,59 @@ def finish(run: Run) -> None:
         (f"python -m utils.plot {run.folder} runs/OTHER", "its curves beside another run's"),
         ("diff ppo_baseline.py vrpo_math.py", "the method"),
     ):
-        run.print(f"  {escape(command)}  [dim]# {what}[/dim]", soft_wrap=True)
-
-
-def read_rows(run: Run, name: str) -> list[dict]:
-    """The rows of a .jsonl file of the run."""
-    file = run.folder / name
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        run.print(Text(f"  {command}  ").append(f"# {what}", style="dim"), soft_wrap=True)
 
 
 def held_out_problem(run: Run) -> None:
     """A problem that was wrong at the start and is right now, else the first one, with both
     answers."""
-    rows = read_rows(run, "samples.jsonl")
+    rows = read_rows(run.folder / "samples.jsonl")
+    if not rows:  # moved away between two --resume
+        return
     first = [row for row in rows if row["update"] == rows[0]["update"]]
     last = [row for row in rows if row["update"] == rows[-1]["update"]]
     pairs = list(zip(first, last, strict=False))
     before, after = next((p for p in pairs if p[0]["right"] < p[1]["right"]), pairs[0])
     asked, said = list(after)[1:3]  # question and completion, or goal and dialogue
-    run.print("\n[bold]A held-out problem[/bold]")
-    run.print(Text(f"  {after[asked]}"))
+    run.print("\nA held-out problem", style="bold")
+    run.print(f"  {after[asked]}")
     for name, row in (("at the start", before), ("now", after)):
         verdict = "right" if row["right"] else "wrong"
-        run.print(Text(f"  {name}, {verdict}: ").append(indented(row[said]), style="cyan"))
+        said_so = visible(indented(row[said]))
+        run.print(Text(f"  {name}, {verdict}: ").append(said_so, style="cyan"))
 
 
 def training_episodes(run: Run) -> None:
     """Two episodes of the last transcripts, one of them misjudged if there is such a one."""
-    rows = read_rows(run, "transcripts.jsonl")
+    rows = read_rows(run.folder / "transcripts.jsonl")
+    if not rows:
+        return
     rows = [row for row in rows if row["update"] == rows[-1]["update"]]
     for row in rows:
         row["told"] = sum(row["tokens"]["rewards"])
         row["truth"] = row["outcome"].get("accuracy", row["outcome"].get("average"))
         row["flipped"] = (row["told"] > 0.5) != (row["truth"] > 0.5)
     chosen = [next((row for row in rows if row["flipped"] == flipped), None) for flipped in (0, 1)]
-    run.print("\n[bold]Training episodes[/bold] of the last update")
+    run.print(
+        Text("\nTraining episodes", style="bold").append(" of the last update", style="not bold")
+    )
     for row in filter(None, chosen):
-        answer = row["messages"][-1]["content"]
+        answer = visible(indented(row["messages"][-1]["content"]))
         told = f"told {row['told']:.2g}, truth {row['truth']:.2g}"
         told = Text(told, style="bold red" if row["flipped"] else "green")
-        run.print(Text("  ").append(told).append(f": {indented(answer)}"))
+        run.print(Text("  ").append(told).append(f": {answer}"))
 
 
 def print_curve(run: Run, name: str, curve: dict[int, float]) -> None:
     """One bar for each evaluation, ten at most."""
     values = list(curve.values())
-    run.print(f"\n[bold]{name}[/bold]")
+    run.print(f"\n{name}", style="bold")
+    bar = "=" if run.console.options.ascii_only else "━"
     every = -(-len(curve) // 10)
     for i, (update, value) in enumerate(curve.items()):
         if i % every == 0 or i == len(curve) - 1:
-            run.print(f"  update {update:>4}  {value:.3f} [cyan]{'━' * round(40 * value)}[/cyan]")
+            shown = Text(f"  update {update:>4}  {value:.3f} ")
+            run.print(shown.append(bar * round(40 * value), style="cyan"))
     run.print(f"  start {values[0]:.3f}, last {values[-1]:.3f}, peak {max(values):.3f}")
 
 

@@ -59,6 +59,16 @@ class Averages:
         return {key: torch.stack(column).mean().item() for key, column in columns.items()}
 
 
+def check_weights(optimizer: torch.optim.Optimizer, update: int) -> None:
+    """Stop the run, with nothing saved of this update, if a step has made a weight no number."""
+    for group in optimizer.param_groups:
+        if not all(parameter.isfinite().all() for parameter in group["params"]):
+            stop(
+                f"update {update}: weights of the {group['name']} are no longer finite, so nothing of "
+                "it is saved; go on from the last checkpoint with --resume and a lower learning rate"
+            )
+
+
 # ---- definitions ----
 
 
@@ -134,7 +144,9 @@ def of_critic(
 
 
 def of_update(clock: Clock, averages: Averages, optimizer, episodes: list, update: int) -> dict:
-    """time/, charts/ and losses/; losses are means over all minibatches of the update."""
+    """time/, charts/ and losses/; losses are means over all minibatches of the update, whose
+    weights are looked at before anything else is made of them."""
+    check_weights(optimizer, update)
     device = optimizer.param_groups[0]["params"][0].device
     return {
         "charts/episodes": update * len(episodes),

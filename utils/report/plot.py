@@ -4,7 +4,6 @@ python -m utils.plot runs/A runs/B --out curves.png      # a line for each run
 python -m utils.plot benchmark/results/long_runs/*       # runs that differ by seed: a band
 """
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from utils.errors import stop
+from utils.args import parse_command
+from utils.errors import stop, visible
+from utils.files import check_file, read_flags, read_metrics, writing
 from utils.report import style
 
 PANELS = {
@@ -29,21 +30,22 @@ PANELS = {
     "eval/turns": "turns of held-out dialogues",
     "sampled/impatient": "sampled dialogues that the user broke off",
 }
+ENDINGS = (".png", ".svg", ".pdf")
 NAMES = ("seed", "run_name", "track", "wandb_project")  # flags that make no other run of it
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
     """A run's flags and its metrics, as {metric: {episodes: value}}."""
     try:
-        flags = json.loads((folder / "args.json").read_text())
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    except (OSError, ValueError):
-        stop(f"{folder}: not a run directory (no readable args.json and metrics.csv)")
+        flags, rows = read_flags(folder), read_metrics(folder / "metrics.csv")
+        if odd := [key for key, value in flags.items() if isinstance(value, list | dict)]:
+            raise ValueError(f"args.json: {odd[0]} is no flag")
+    except (OSError, ValueError) as error:
+        stop(f"{folder}: not a run directory with readable args.json and metrics.csv ({error})")
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
         for key, value in row.items():
-            if value:
-                series[key][float(row["charts/episodes"])] = float(value)
+            series[key][float(row["charts/episodes"])] = float(value)
     return flags, series
 
 
@@ -60,6 +62,7 @@ def label_of(flags: dict, runs: list[dict]) -> str:
 def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANELS) -> Path:
     """Draw `panels` (metric: title) against episodes. Runs whose flags differ in nothing but the
     seed make one line, the mean, in a band from the lowest to the highest. Returns `out`."""
+    check_file("--out", out, ENDINGS)
     groups: dict[str, list] = defaultdict(list)
     for folder in folders:
         flags, series = read_run(Path(folder))
@@ -70,7 +73,7 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
     panels = {k: title for k, title in panels.items() if any(s.get(k) for g in members for s in g)}
     if not panels:
         stop("none of these metrics is in any of the runs")
-    labels = [label_of(flags, flags_of) for flags in flags_of]
+    labels = [literal(label_of(flags, flags_of)) for flags in flags_of]
     labels = [
         f"{label} ({flags['script']})" if labels.count(label) > 1 else label
         for label, flags in zip(labels, flags_of, strict=True)
@@ -90,13 +93,19 @@ def plot_runs(folders: Sequence[Path], out: Path, panels: dict[str, str] = PANEL
             if len(curves) > 1:
                 low, high = list(map(min, values)), list(map(max, values))
                 axis.fill_between(x, low, high, color=look["color"], alpha=0.1, lw=0)
-        style.name(axis, title, "episodes")
+        style.name(axis, literal(title), "episodes")
         if key.startswith("critic/explained_variance"):
             axis.axhline(0, color="grey", lw=0.8)
             axis.set_ylim(bottom=max(axis.get_ylim()[0], -1.0))
     if len(groups) > 1:
         style.legend(figure, axes)
-    return style.save(figure, out)
+    with writing(out):
+        return style.save(figure, out)
+
+
+def literal(text: str) -> str:
+    """Text from flags or data: between two dollars matplotlib would set mathematics."""
+    return visible(text).replace("$", r"\$")
 
 
 @dataclass
@@ -109,8 +118,11 @@ class Args:
     """columns of metrics.csv to draw instead of the usual ones"""
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
     print(plot_runs(args.runs, args.out, {k: PANELS.get(k, k) for k in args.metrics} or PANELS))
+
+
+if __name__ == "__main__":
+    main(parse_command(Args, __doc__))

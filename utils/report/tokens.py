@@ -5,7 +5,6 @@ python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
 """
 
 import html
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from utils.errors import stop
+from utils.args import check_ranges, parse_command
+from utils.errors import stop, visible
+from utils.files import check_file, writing
+from utils.files import read_rows as read_jsonl
 
 COLORS = {"values": "RdYlGn", "advantages": "PuOr", "entropy": "Blues"}
 EXPLAINED = {
@@ -55,10 +57,10 @@ def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
     """{update: {prompt: row of transcripts.jsonl}}, rows with tokens alone; prompts of equal words
     are numbered."""
     try:
-        rows = [
-            json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()
-        ]
-    except (OSError, ValueError):
+        rows = read_jsonl(folder / "transcripts.jsonl")
+        for row in rows:
+            check_row(row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         stop(f"{folder}: no readable transcripts.jsonl there (a run writes it at every evaluation)")
     found: dict[int, dict[str, dict]] = {}
     for row in rows:
@@ -72,6 +74,18 @@ def read_rows(folder: Path) -> dict[int, dict[str, dict]]:
     if not found:
         stop(f"{folder}: its transcripts have no tokens (they were written by an older version)")
     return found
+
+
+def check_row(row: dict) -> None:
+    """Raise what a row raises, with tokens or without, that no run has written."""
+    str.upper(row["messages"][0]["content"] if row["messages"] else "")
+    row["update"] + 0
+    if "tokens" in row:
+        ending(row)
+        tokens = row["tokens"]
+        numbers = [tokens[key] for key in ("chosen", "rewards", *COLORS) if key in tokens]
+        for text, *numbered in zip(tokens["text"], *numbers, strict=True):
+            str.upper(text), [abs(x) for x in numbered]
 
 
 def pick(
@@ -293,7 +307,7 @@ def short_names(paths: list[str]) -> list[str]:
 def shown(text: str) -> str:
     """A token in one line, dollars escaped: between two of them matplotlib would set
     mathematics."""
-    return text.replace("\n", "⏎").replace("$", r"\$") or "·"
+    return visible(text.replace("\n", "⏎")).replace("$", r"\$") or "·"
 
 
 @dataclass
@@ -313,22 +327,21 @@ class Args:
 def main(args: Args) -> None:
     if not args.runs:
         stop("give at least one run directory")
-    if args.out.suffix != ".html":
-        stop(
-            f"--out {args.out}: give a name that ends in .html (the picture beside it ends in .png)"
-        )
+    check_ranges(args)
+    check_file("--out", args.out, (".html",))
+    check_file("--out", args.out.with_suffix(".png"), (".png",))
     names = short_names([str(folder) for folder in args.runs])
     groups = pick(
         {name: read_rows(f) for name, f in zip(names, args.runs, strict=True)},
         args.update,
         args.rows,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     colors = sorted(COLORS, key=lambda color: color != args.color)
-    args.out.write_text(page(groups, colors), encoding="utf-8")
-    picture(groups, args.color, args.out.with_suffix(".png"))
+    with writing(args.out):
+        args.out.write_text(page(groups, colors), encoding="utf-8")
+        picture(groups, args.color, args.out.with_suffix(".png"))
     print(f"{args.out} and {args.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_command(Args, __doc__))

@@ -5,16 +5,15 @@ python -m utils.dialogue --play 3                    # watch three dialogues
 python -m utils.dialogue --sample runs/A             # a run's: rewards, outcome, values
 """
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
-from rich.markup import escape
 
-from utils.errors import stop
+from utils.args import check_ranges, parse_command
+from utils.errors import stop, visible
+from utils.files import read_rows
 from utils.models import answer, load_policy, pick_device
 from utils.world.problems import Problem
 from utils.world.tasks import DialogueTask
@@ -51,34 +50,40 @@ class Args:
 
 def print_sample(console: Console, run: Path, count: int) -> None:
     """Dialogues of a run with reward and value at the end of every turn, and the true outcome."""
+    unreadable = (
+        f"--sample {run}: no readable transcripts.jsonl there (a run writes it at every evaluation)"
+    )
     try:
-        rows = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
+        rows = read_rows(run / "transcripts.jsonl")
     except (OSError, ValueError):
-        stop(
-            f"--sample {run}: no readable transcripts.jsonl there (a run writes it at every evaluation)"
-        )
+        stop(unreadable)
     if not rows:
         stop(f"--sample {run}: no evaluation yet")
-    if "tcr" not in rows[0]["outcome"]:
-        stop(f"--sample {run}: not a run with --task dialogue")
-    for row in [row for row in rows if row["update"] == rows[-1]["update"]][:count]:
-        console.rule(
-            f"update {row['update']}: "
-            + "  ".join(f"{k} {row['outcome'][k]:.2f}" for k in ("tcr", "acr", "gcr"))
-        )
-        turn = 0
-        for message in row["messages"]:
-            print_turn(console, message["role"], message["content"])
-            if message["role"] == "assistant" and turn < len(row["rewards"]):
-                value = f"  value {row['values'][turn]:+.2f}" if "values" in row else ""
-                console.print(f"           [dim]reward {row['rewards'][turn]:+.2f}{value}[/dim]")
-                turn += 1
+    try:
+        if "tcr" not in rows[0]["outcome"]:
+            stop(f"--sample {run}: not a run with --task dialogue")
+        for row in [row for row in rows if row["update"] == rows[-1]["update"]][:count]:
+            print_row(console, row)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        stop(unreadable)
+
+
+def print_row(console: Console, row: dict) -> None:
+    rates = "  ".join(f"{k} {row['outcome'][k]:.2f}" for k in ("tcr", "acr", "gcr"))
+    console.rule(f"update {row['update']:d}: {rates}")
+    turn = 0
+    for message in row["messages"]:
+        print_turn(console, message["role"], message["content"])
+        if message["role"] == "assistant" and turn < len(row["rewards"]):
+            value = f"  value {row['values'][turn]:+.2f}" if "values" in row else ""
+            console.print(f"           reward {row['rewards'][turn]:+.2f}{value}", style="dim")
+            turn += 1
 
 
 def print_turn(console: Console, role: str, text: str) -> None:
     for i, line in enumerate(text.splitlines() or [""]):
         console.print(
-            f"{role if i == 0 else '':>9}  {escape(line)}",
+            visible(f"{role if i == 0 else '':>9}  {line}"),
             style="bold" if role == "assistant" else None,
         )
 
@@ -88,10 +93,11 @@ def converse(console: Console, args: Args, policy, chat, problem: Problem, perso
     judge; a person speaks in its place where `person` is set."""
     user = User(problem.answer, args.seed)
     said, turns, messages = user.open(), [], []
-    console.rule(f"goal: {escape(str(problem.answer))}".replace("\n", "; then "))
+    console.rule(visible(f"goal: {problem.answer}".replace("\n", "; then ")))
     if person:
         console.print(
-            f"You are the user (the simulated one would say: {escape(said)}). An empty line ends the dialogue."
+            f"You are the user (the simulated one would say: {visible(said)}). "
+            "An empty line ends the dialogue."
         )
         said = console.input("     user  ")
     else:
@@ -112,20 +118,14 @@ def converse(console: Console, args: Args, policy, chat, problem: Problem, perso
             print_turn(console, "user", said)
     o = outcome(problem.answer, turns, args.seed)
     console.print(
-        f"[dim]{user.ended or 'not ended'}: tcr {o.tcr:.2f}  acr {o.acr:.2f}  gcr {o.gcr:.0f}  turns {o.turns}[/dim]"
+        f"{user.ended or 'not ended'}: tcr {o.tcr:.2f}  acr {o.acr:.2f}  gcr {o.gcr:.0f}  turns {o.turns}",
+        style="dim",
     )
 
 
 def main(args: Args) -> None:
-    console = Console(highlight=False)
-    if (
-        min(args.count, args.max_turns, args.max_new_tokens, 1 if args.play is None else args.play)
-        < 1
-        or args.temperature < 0
-    ):
-        stop(
-            "--play, --count, --max-turns and --max-new-tokens must be at least 1, --temperature at least 0"
-        )
+    check_ranges(args)
+    console = Console(highlight=False, markup=False, emoji=False)
     if args.sample:
         print_sample(console, args.sample, args.count)
         return
@@ -135,9 +135,9 @@ def main(args: Args) -> None:
     try:
         for problem in problems:
             converse(console, args, policy, chat, problem, person=args.play is None)
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         console.print()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_command(Args, __doc__))

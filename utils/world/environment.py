@@ -133,6 +133,9 @@ class Environment:
         """The reward model's scores (B, K) up to each of the last K turns, the whole episode's in
         the last column; K = 1 for `per` "episode"."""
         raw = self.reward_model.score_episodes(self.task, episodes, per).to(self.device)
+        scored = sum(min(raw.shape[1], len(e.completions)) for e in episodes)
+        if raw.isfinite().sum() < scored:  # NaN stands where an episode has no such turn
+            stop(f"--reward-model {self.args.reward_model}: it gives scores that are no numbers")
         scores, self.scale = on_reward_scale(raw, self.scale)
         if self.args.truncated == "wrong":
             cut_off = ~self.finished(episodes)

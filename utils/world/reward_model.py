@@ -16,22 +16,24 @@ training."""
 
 import json
 import math
+import os
 import random
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from utils import ranks
-from utils.args import check_ranges
+from utils.args import check_ranges, check_temperature, parse_command
 from utils.errors import stop
+from utils.files import make_folder, writing
 from utils.models import answer, check_whole, conversation_ids, first_line, load_policy, pick_device
 from utils.world.problems import Problem
 from utils.world.tasks import DialogueTask
@@ -279,6 +281,8 @@ def train(
 
 def main(args: Args) -> None:
     check_ranges(args)
+    check_temperature(args)
+    make_folder("--out", args.out)
     start = time.time()
     torch.set_num_threads(
         2
@@ -298,19 +302,26 @@ def main(args: Args) -> None:
     )
     model = RewardModel(backbone.to(device), chat.tokenizer, args.batch_size)
     train(model, pairs, args)
+    if not all(parameter.isfinite().all() for parameter in model.model.parameters()):
+        stop(
+            "the trained weights are no longer finite, so they are not saved; lower --learning-rate"
+        )
     model.model.eval()
     found = accuracy(model, held_out)
-    model.model.save_pretrained(args.out)
-    model.tokenizer.save_pretrained(args.out)
     flags = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
     report = {"held_out": found, "training": accuracy(model, pairs), "flags": flags}
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as new:
+        model.model.save_pretrained(new)
+        model.tokenizer.save_pretrained(new)
+        Path(new, "training.json").write_text(json.dumps(report, indent=1) + "\n")
+        for file in Path(new).iterdir():  # an older model is there until the new one is whole
+            os.replace(file, args.out / file.name)
     print(f"{args.out}: {len(pairs)} pairs, {found['pairs']} held out; {time.time() - start:.0f} s")
     for name, value in list(found.items())[1:]:
         print(f"  held-out {name.replace('_', ' ')}: {value:.3f}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_command(Args, __doc__))

@@ -4,7 +4,10 @@ reference."""
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
+from utils.errors import stop
+from utils.files import read_rows, write_atomically, writing
 from utils.keyed import seed_torch
 from utils.run import Run
 from utils.world.problems import Problem, Task
@@ -16,20 +19,18 @@ def majority_vote(
     """Labels by the key of their problem: the most frequent final answer of `--vote-samples`
     episodes, sampled by `play`; "" where none of them has one. Reports the share of votes that the
     labels have (agreement), and of right labels among the problems whose reference is known.
-    pseudo_labels.jsonl in the run's folder keeps the votes, batch by batch: what stands there is
-    not sampled again."""
+    pseudo_labels.jsonl in the run's folder keeps the votes, batch by batch: a batch that stands
+    there is not sampled again, and one that was cut off gives the same votes once more."""
     file = run.folder / "pseudo_labels.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    rows = {row["key"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+    rows = read_votes(file, args.vote_samples)
     problems = list({problem.key: problem for problem in problems}.values())
-    todo = [problem for problem in problems if problem.key not in rows]
-    file.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows.values())
-    )  # without a line that was cut off
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
     batch = max(1, args.rollout_batch_size // args.vote_samples)
-    for start in range(0, len(todo), batch):
-        run.doing(f"majority vote: {start} of {len(todo)} prompts")
-        some = todo[start : start + batch]
+    for start in range(0, len(problems), batch):
+        some = problems[start : start + batch]
+        if all(problem.key in rows for problem in some):
+            continue
+        run.doing(f"majority vote: {start} of {len(problems)} prompts")
         seed_torch(args.seed, "votes", some[0].key)
         votes: dict[str, Counter] = {problem.key: Counter() for problem in some}
         for episode in play([problem for problem in some for _ in range(args.vote_samples)]):
@@ -40,8 +41,9 @@ def majority_vote(
         new = {
             key: {"key": key, "label": winner(count), "votes": dict(count)}
             for key, count in votes.items()
+            if key not in rows
         }
-        with file.open("a") as out:
+        with writing(file), file.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in new.values())
         rows |= new
     labels = {problem.key: rows[problem.key]["label"] for problem in problems}
@@ -62,6 +64,20 @@ def majority_vote(
         f"{sum(agreement) / max(1, len(agreement)):.3f}, {accuracy}, {sum(not label for label in labels.values())} without an answer"
     )
     return labels
+
+
+def read_votes(file: Path, samples: int) -> dict[str, dict]:
+    """The rows of pseudo_labels.jsonl by the key of their problem."""
+    try:
+        rows = {row["key"]: row for row in read_rows(file)} if file.exists() else {}
+        counts = {sum(row["votes"].values()) for row in rows.values()}
+        if not all(isinstance(row["label"], str) for row in rows.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stop(f"{file}: damaged; move it away, and the votes are taken again")
+    if counts - {samples}:
+        stop(f"--vote-samples {samples}: the votes in {file} are of {max(counts)} samples each")
+    return rows
 
 
 def winner(votes: Counter) -> str:
