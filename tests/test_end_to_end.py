@@ -193,7 +193,7 @@ def test_bad_flags_name_themselves(run_main):
     for flags, message in (
         ({"noise_rate": 1.5}, r"--noise-rate 1.5: must be in \[0, 1\]"),
         ({"updates": 0}, "--updates 0: must be at least 1"),
-        ({"learning_rate": -1.0}, "--learning-rate -1.0: must be at least 0"),
+        ({"learning_rate": -1.0}, r"--learning-rate -1.0: must be in \[0, 1\]"),
         ({"temperature": 0.0}, "--temperature 0: must be above 0"),
         ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
         ({"dataset": "./nowhere"}, "--dataset ./nowhere: no such file"),

@@ -61,8 +61,6 @@ class Run:
         del flags["resume"]
         self.flags = {"script": script, **flags}
         self.wandb = start_wandb(args, self.folder, flags) if args.track else None
-        if args.resume is None:
-            self.save_flags()
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
         self.interrupt: int | None = None
@@ -86,10 +84,6 @@ class Run:
         atexit.register(self.stop_progress)
 
     # ---- files ----
-
-    def save_flags(self) -> None:
-        with writing(self.folder / "args.json"):
-            write_atomically(self.folder / "args.json", json.dumps(self.flags, indent=1))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.csv and to W&B, and move the progress bar. NaN becomes an empty
@@ -137,7 +131,8 @@ class Run:
             env.scale = scales.get(self.args.reward_model)
         if self.args.resume:
             self.rewind(start)
-            self.save_flags()  # not before: a refused --resume leaves the run as it was
+        with writing(self.folder / "args.json"):  # now that nothing can be refused any more
+            write_atomically(self.folder / "args.json", json.dumps(self.flags, indent=1))
         return start
 
     def rewind(self, update: int) -> None:
@@ -229,7 +224,7 @@ def check_name(name: str) -> str:
     """A run's name; stops where it would lead out of runs/."""
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
-        stop(f"--run-name {name}: give the name of a folder below runs/, such as vrpo-1")
+        stop(f"--run-name {name!r}: give the name of a folder below runs/, such as vrpo-1")
     return name
 
 
@@ -240,9 +235,10 @@ def start_wandb(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
         names = {"project": args.wandb_project, "name": folder.name}
         return wandb.init(**names, config=flags, dir=str(folder))
     except Exception as error:  # no key, no network, a bad mode: it has a class for each
+        reason = " ".join(str(error).split())[:300]
         stop(
-            f"--track: Weights & Biases did not start ({first_line(error)}); WANDB_MODE=offline "
-            "needs neither account nor network"
+            f"--track: Weights & Biases did not start ({reason}); WANDB_MODE=offline needs neither "
+            "account nor network"
         )
 
 
