@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
-from utils.errors import begin, stop
+from utils.errors import stop
 from utils.files import read_flags
 from utils.ranks import check_sizes
 
@@ -150,7 +150,6 @@ LIMITS = {
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
     """The command line as `cls`. The script's defaults hold; those of another --task where it is
     given; with --resume the run's saved flags. Flags given now override them."""
-    begin()
     given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     task_flag = make_dataclass("TaskFlag", [("task", str, field(default=cls.task))])
     task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
@@ -177,12 +176,6 @@ def parse_groups(
     found = tyro.cli(nested, description=description, config=(tyro.conf.OmitArgPrefixes,))
     flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
     return cls(**flat)
-
-
-def parse_command(cls: type[ArgsType], description: str | None) -> ArgsType:
-    """The command line of a program that is no script, as `cls`."""
-    begin()
-    return tyro.cli(cls, description=description)
 
 
 def saved_args(cls: type[ArgsType], run: Path) -> ArgsType:

@@ -1,4 +1,4 @@
-"""How a program ends that cannot go on: in one sentence, on stderr.
+"""How a program ends that cannot go on: in one line on stderr.
 
 A traceback is for what is wrong in the program; a full disk, a closed pipe or Ctrl-C is not.
 """
@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 # what moves a terminal's cursor, colours it or turns its text round
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 OUTSIDE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EPIPE,
-    errno.EMFILE, errno.ENFILE,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.EPIPE, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGNORECASE)
 
@@ -43,32 +44,20 @@ def silence() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def begin() -> None:
-    """What a command does first: SIGTERM is one line, as Ctrl-C is; a character that the terminal
-    does not have is no reason to end; and a stdout that cannot be written shows at once."""
-    signal.signal(signal.SIGTERM, leave)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
-
-
 def leave(number: int, _frame: object = None) -> NoReturn:
-    """Leave with one line, as signal `number` asks; the next signal ends what is left to do."""
-    unhandled()
+    """Leave at once with one line, as signal `number` asks. No exception does it: one that is
+    raised in a destructor is lost, and the program goes on."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stdout.isatty():
+            print("\x1b[?25h")  # a progress bar has hidden the cursor
+        sys.stdout.flush()
     say(f"stopped by {signal.Signals(number).name}")
-    raise SystemExit(128 + number)
-
-
-def unhandled() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    os._exit(128 + number)
 
 
 def one_sentence(kind: type, error: BaseException, trace: object) -> None:
-    """`sys.excepthook`. (After Ctrl-C Python ends itself by SIGINT, which a shell shows as 130.)"""
-    if issubclass(kind, KeyboardInterrupt):
-        unhandled()
-        say("stopped by SIGINT")
-    elif isinstance(error, OSError) and error.errno in OUTSIDE:
+    """`sys.excepthook` of a command."""
+    if isinstance(error, OSError) and error.errno in OUTSIDE:
         if error.errno != errno.EPIPE:  # a reader who has left knows why
             say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
     elif isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
@@ -84,4 +73,20 @@ def one_sentence(kind: type, error: BaseException, trace: object) -> None:
         silence()
 
 
-sys.excepthook = one_sentence
+def begin() -> None:
+    """What a command does first, before its imports: Ctrl-C and SIGTERM are one line; a character
+    that the terminal lacks is no reason to end; a stdout that cannot be written shows at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    sys.excepthook = one_sentence
+
+
+# Python was started for a script beside utils/, or as `python -m utils.…`, whose name is -m until
+# it is found; whoever else imports utils keeps handlers of his own.
+started = Path(sys.argv[0])
+if str(started) == "-m" or (
+    started.is_file() and started.resolve().parent == Path(__file__).resolve().parents[1]
+):
+    begin()

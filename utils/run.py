@@ -63,8 +63,6 @@ class Run:
         del flags["resume"]
         self.flags = {"script": script, **flags}
         self.wandb = by_first(start_wandb)(args, self.folder, flags) if args.track else None
-        if args.resume is None:
-            self.save_flags()
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
         self.interrupt: int | None = None
@@ -88,11 +86,6 @@ class Run:
         atexit.register(self.stop_progress)
 
     # ---- files ----
-
-    @by_first
-    def save_flags(self) -> None:
-        with writing(self.folder / "args.json"):
-            write_atomically(self.folder / "args.json", json.dumps(self.flags, indent=1))
 
     @by_first
     def log(self, update: int, metrics: dict[str, float]) -> None:
@@ -140,8 +133,13 @@ class Run:
             env.scale = scales.get(self.args.reward_model)
         if self.args.resume:
             self.rewind(start)
-            self.save_flags()  # not before: a refused --resume leaves the run as it was
+        self.save_flags()  # now that nothing can be refused any more
         return start
+
+    @by_first
+    def save_flags(self) -> None:
+        with writing(self.folder / "args.json"):
+            write_atomically(self.folder / "args.json", json.dumps(self.flags, indent=1))
 
     @by_first
     def rewind(self, update: int) -> None:
@@ -240,7 +238,7 @@ def check_name(name: str) -> str:
     """A run's name; stops where it would lead out of runs/."""
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
-        stop(f"--run-name {name}: give the name of a folder below runs/, such as vrpo-1")
+        stop(f"--run-name {name!r}: give the name of a folder below runs/, such as vrpo-1")
     return name
 
 
@@ -251,9 +249,10 @@ def start_wandb(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
         names = {"project": args.wandb_project, "name": folder.name}
         return wandb.init(**names, config=flags, dir=str(folder))
     except Exception as error:  # no key, no network, a bad mode: it has a class for each
+        reason = " ".join(str(error).split())[:300]
         stop(
-            f"--track: Weights & Biases did not start ({first_line(error)}); WANDB_MODE=offline "
-            "needs neither account nor network"
+            f"--track: Weights & Biases did not start ({reason}); WANDB_MODE=offline needs neither "
+            "account nor network"
         )
 
 

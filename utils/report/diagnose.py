@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from utils.args import parse_command
 from utils.errors import stop, visible
 from utils.report.plot import read_run
 
@@ -363,4 +362,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

@@ -24,6 +24,7 @@ from statistics import mean, stdev
 from typing import Literal, TextIO
 
 import torch
+import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -31,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from utils.args import DEFAULTS, check_ranges, check_temperature, parse_command
+from utils.args import DEFAULTS, check_ranges, check_temperature
 from utils.errors import stop, visible
 from utils.files import make_folder, write_atomically, writing
 from utils.generation import generate
@@ -365,4 +366,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

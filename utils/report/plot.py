@@ -13,7 +13,6 @@ from typing import Annotated
 
 import tyro
 
-from utils.args import parse_command
 from utils.errors import stop, visible
 from utils.files import check_file, read_flags, read_metrics, writing
 from utils.report import style
@@ -125,4 +124,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from utils.args import check_ranges, parse_command
+from utils.args import check_ranges
 from utils.errors import stop, visible
 from utils.files import check_file, writing
 from utils.files import read_rows as read_jsonl
@@ -344,4 +344,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

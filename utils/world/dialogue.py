@@ -9,9 +9,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 
-from utils.args import check_ranges, parse_command
+from utils.args import check_ranges
 from utils.errors import stop, visible
 from utils.files import read_rows
 from utils.models import answer, load_policy, pick_device
@@ -140,4 +141,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))

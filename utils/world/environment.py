@@ -160,7 +160,8 @@ class Environment:
     def vote(self, play: Callable[[list[Problem]], list[Episode]], run) -> None:
         """--noise majority-vote: what `play` answers most often takes the references' place."""
         args = self.args
-        updates = range(1, args.updates + 1)
+        first_epoch = -(-len(self.task.train) // args.prompts_per_update)  # has every problem
+        updates = range(1, min(args.updates, first_epoch) + 1)
         visited = [
             p for u in updates for p in self.task.batch(args.seed, u, args.prompts_per_update)
         ]

@@ -18,20 +18,20 @@ import json
 import math
 import os
 import random
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tyro
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from utils import ranks
-from utils.args import check_ranges, check_temperature, parse_command
+from utils.args import check_ranges, check_temperature
 from utils.errors import stop
 from utils.files import make_folder, writing
 from utils.models import answer, check_whole, conversation_ids, first_line, load_policy, pick_device
@@ -312,16 +312,18 @@ def main(args: Args) -> None:
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
     report = {"held_out": found, "training": accuracy(model, pairs), "flags": flags}
-    with writing(args.out), tempfile.TemporaryDirectory(dir=args.out) as new:
+    with writing(args.out):  # an older model is there until the new one is whole
+        new = args.out / "new"
         model.model.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
-        Path(new, "training.json").write_text(json.dumps(report, indent=1) + "\n")
-        for file in Path(new).iterdir():  # an older model is there until the new one is whole
+        (new / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+        for file in new.iterdir():
             os.replace(file, args.out / file.name)
+        new.rmdir()
     print(f"{args.out}: {len(pairs)} pairs, {found['pairs']} held out; {time.time() - start:.0f} s")
     for name, value in list(found.items())[1:]:
         print(f"  held-out {name.replace('_', ' ')}: {value:.3f}")
 
 
 if __name__ == "__main__":
-    main(parse_command(Args, __doc__))
+    main(tyro.cli(Args, description=__doc__))
