@@ -9,15 +9,7 @@ from typing import Any
 
 from utils.errors import stop
 from utils.models import Chat
-from utils.world.answers import (
-    choose,
-    extract,
-    is_correct,
-    normal,
-    same_words,
-    short_answer,
-    to_number,
-)
+from utils.world.answers import choose, extract, is_correct, normal, quantity, same_answer
 from utils.world.data import load_split
 from utils.world.goals import UNSEEN, load_goals
 from utils.world.problems import Problem, Task
@@ -28,28 +20,33 @@ class MathTask(Task):
     """Questions with one final answer, that of the last completion: a number or other mathematics,
     or the letter of an option."""
 
+    words = False  # whether an answer without options is words
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.voted: dict[str, list[str]] = {}  # final answers by problem, no two of them equal
+
     def grade(self, problem: Problem, completions: list[str]) -> float:
         """1.0 for a right final answer, 0.0 for a wrong one, NaN where no reference is known."""
         if problem.answer is None:
             return float("nan")
         if problem.options:
             return float(choose(completions[-1], problem.options) == problem.answer)
-        return float(self.is_right(completions[-1], problem.answer))
-
-    def is_right(self, completion: str, answer: str) -> bool:
-        return is_correct(completion, answer)
+        return float(is_correct(completions[-1], problem.answer, self.words))
 
     def final_answer(self, problem: Problem, completion: str) -> str:
-        """The final answer in a form in which equal letters, numbers or words are equal strings; ""
-        where there is none."""
+        """The final answer in a form in which equal letters, numbers, words or expressions are equal
+        strings: of equal expressions the first that came. "" where there is none."""
         if problem.options:
             return choose(completion, problem.options) or ""
-        found = self.find(completion)
-        number = to_number(found)
-        return found if number is None else str(number)
-
-    def find(self, completion: str) -> str:
-        return extract(completion) or ""
+        found = extract(completion, self.words) or ""
+        number = quantity(found)[0]
+        if number is not None or self.words:
+            return normal(found) if number is None else str(number)
+        known = self.voted.setdefault(problem.key, [])
+        equal = [answer for answer in known if same_answer(found, answer)]
+        known += [] if equal else [found]
+        return (equal or [found])[0]
 
     def reply(self, problem: Problem, completions: list[str]) -> str | None:
         """The user's next message after the given answers, or None where the episode is over. After
@@ -83,13 +80,7 @@ class MathTask(Task):
 class ScienceTask(MathTask):
     """Questions whose answers are short and in words, or the letter of an option."""
 
-    def is_right(self, completion: str, answer: str) -> bool:
-        wanted = short_answer(answer) or "" if "####" in answer or "\\boxed{" in answer else answer
-        return same_words(short_answer(completion) or "", wanted)
-
-    def find(self, completion: str) -> str:
-        found = short_answer(completion) or ""
-        return found if to_number(found) is not None else normal(found)
+    words = True
 
 
 class DialogueTask(Task):
