@@ -164,7 +164,8 @@ WORDS = [
     ("words", "whale: mammal\n#### fish", "mammal", False),
     ("words", "The answer is Mammal.", "mammal", True),
     ("words", "The answer is the Great Barrier Reef.", "Great Barrier Reef", True),
-    ("words", "It is Marie Curie. The answer is: **Marie Curie**. She was born in Warsaw.", "Marie Curie", True),
+    ("words",
+     "It is Marie Curie. The answer is: **Marie Curie**. She was born in Warsaw.", "Marie Curie", True),
     ("words", "Marie Curie", "marie curie", True),
     ("words", "Pierre Curie", "Marie Curie", False),
     ("words", "The answer is Curie.", "Marie Curie", False),
@@ -188,10 +189,12 @@ MATH += [
     ("comma behind", "The answer is 2,360, more than before.", "2360", True),
     ("comma behind", "The answer is 23, since 20 + 3 is 23.", "20", False),
     ("comment on the answer", "The answer is 18. This answer is in dollars.", "18", True),
-    ("comment on the answer", "The answer is 18. The answer is positive, as it should be.", "18", True),
+    ("comment on the answer",
+     "The answer is 18. The answer is positive, as it should be.", "18", True),
     ("comment on the answer", "Answer: 18. That answer is 3 less than 21.", "18", True),
     ("comment on the answer", "The answer is 18. The answer is given in 5 digits.", "5", False),
-    ("comment on the answer", "The answer is 3.14. The answer is correct to 2 decimals.", "3.14", True),
+    ("comment on the answer",
+     "The answer is 3.14. The answer is correct to 2 decimals.", "3.14", True),
     ("displayed", "The final answer is:\n$$\\frac{5}{6}$$", "5/6", True),
     ("displayed", "The answer is:\n\n\\[ x = 12 \\]\n\nThank you.", "12", True),
     ("displayed", "The answer is:\n\n18", "18", True),
@@ -371,6 +374,24 @@ MATH += [
     ("expression", r"\boxed{2\sqrt{3} \text{ cm}}", r"2\sqrt{3}", True),
 ]  # fmt: skip
 
+# What is known to be read wrongly, or not at all.
+MATH += [
+    ("left", "The answer is 41, 5 more than 36.", "41", True),
+    ("left", "The final answer is 0.5, or one half.", "0.5", True),
+    ("left", "The answer is 96. To check the answer: 96 / 4 = 24.", "96", True),
+    ("left", "The answer is $5 and he paid $7.", "5", True),
+    ("left", "#### $5 of $7", "5", True),
+    ("left", "#### 41 (i.e. 40 + 1)", "41", True),
+    ("left", "#### 41 dollars and 0 cents", "41", True),
+    ("left", "The answer is 9 or so.", "9", True),
+    ("left", "She has twelve.", "12", True),
+    ("left", "The answer is twice 5.", "5", False),
+    ("left", r"\boxed{2x = 10}", "10", False),
+    ("left", r"\boxed{\text{no}}", "on", False),
+    ("left", r"\boxed{45^\circ}", r"\frac{\pi}{4}", True),
+    ("left", r"\boxed{x < -1 \text{ or } x > 1}", r"(-\infty,-1)\cup(1,\infty)", True),
+]  # fmt: skip
+
 THINGS = ("copper", "nitrogen", "milk", "salt")
 CHOICE += [
     ("letter first", "B\n\nReason: it is the only gas.", "B", True, THINGS),
@@ -418,6 +439,7 @@ CHOICE += [
     ("tag", "<answer>b) nitrogen</answer>", "B", True, THINGS),
     ("tag", "<answer>C. milk</answer>", "B", False, THINGS),
     ("tag", "The answer is b) nitrogen.", "B", True, THINGS),
+    ("left", r"\boxed{\sqrt{8}}", "B", True, (r"\sqrt{2}", r"2\sqrt{2}")),
 ]  # fmt: skip
 
 WORDS += [
@@ -466,6 +488,8 @@ WORDS += [
     ("number word", "The answer is 12.", "twelve", True),
     ("number word", "The answer is eight.", "7", False),
     ("number word", "The answer is fifty percent.", "50%", True),
+    ("left", "The answer is gravity [a force].", "gravity", True),
+    ("left", "The answer is NO.", "no", True),
 ]  # fmt: skip
 
 

@@ -336,7 +336,11 @@ def test_values_are_kept_as_they_are_written(tmp_path, ending):
             [f"question{mark}answer", *(f"{i}?{mark}{x}" for i, x in enumerate(cells))]
         )
         wanted[list(WRITTEN).index("NaN")] = "NaN"
-    content = gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode("utf-8-sig")
+    content = (
+        gzip.compress(text.encode(), mtime=0)
+        if ending.endswith(".gz")
+        else text.encode("utf-8-sig")
+    )
     assert answers_in(tmp_path, f"rows{ending}", content) == wanted
 
 
@@ -371,7 +375,7 @@ def test_float32_and_dates_of_parquet(tmp_path):
         ("rows.jsonl", "", "there are no rows"),
         ("rows.csv", "question,answer\n", "there are no rows"),
         ("rows.parquet", "", "could not be loaded"),
-        ("rows.jsonl.gz", gzip.compress(b"{}")[:9], "could not be loaded"),
+        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0)[:9], "could not be loaded"),
         ("rows.csv", "question,answer\ncafé,1\n".encode("latin-1"), "it is not UTF-8 .*0xe9.*; iconv"),
         ("rows.jsonl", '{"question": "?", "answer": 1}\n{"question"', "could not be loaded .*line 2"),
         ("rows.jsonl", '{"question": "?", "answer": 1}\n"x"', "row 2 is no object with columns"),

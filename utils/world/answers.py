@@ -71,7 +71,7 @@ SIDES = (r"^(?:(?:\s*[A-Za-z\\][\w{}\\ ]*(?:\([^()=]{1,20}\))? *|(?:\\times|\\di
 BOX = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]{0,99}\}){0,99}\}){0,99}\}){0,400}"
 BOX = rf"\\(?:boxed|fbox|framebox(?:\[\w*\])?)\s*(?:\{{({BOX})\}}|(-?[\d.,]*\d|\w))"
 BOXES = rf"{BOX}(?:(?:\\[()\[\]]|\s)*,?\s*(?:,|and|or)(?:\\[()\[\]]|\s)*{BOX})*"
-HEADING = r"(?im)^[\W_]{0,9}(?:the |my |final )*(?:answer|solution|result)\W{0,9}$(?:\s|[-=]{3,})*"
+HEADING = r"(?im)^[\W_]{0,9}(?:the |my )?(?:(?:final )?answer|final result)\W{0,9}$(?:\s|[-=]{3,})*"
 MARK = re.compile(HEADING + r"|(?<!this )(?<!that )\banswers?(?:(?:\s(?!(?:is|are|not|never|cannot)"
     r"\b)\w+){0,6}\s(?:is|are|was|be|equals)\b|\W{0,4}[:=])[\s:*]*")
 VALUE = r"(?i)(?:\\[(\[]|\s|\w+ly |about )*(?=[-+(\[{|]*\s*(?:\\[a-z{|]|\.?\d)|[a-z]\s*[=^+*/(-])"
@@ -88,8 +88,8 @@ JUNK = re.compile(r"^[\s*_'~:≈→]+|[\s.,;:*_'~\u2600-\u27bf\U0001f000-\U0001f
 CALLED = r"(?i)^(?:the )?(?:(?:correct|best|right) )?(?:option|choice) (?:is )?"
 LETTER = r"(?!I,)[(\[{]?([A-Z])\b(?!')(.*)|\(?([a-z])(?:[).:](?=\s|$)|$)"
 SEVERAL = r"\)?\s*(?:,?\s*(?:or|and|&|/)|,(?=\s*\(?[A-Z]\)?(?!\s+[a-z])))\s*\(?[A-Z]\b"
-TAKEN = (r"$|[.,:;!?]|\s*-|[)\]}](?! (?:is|are|was|has|does|can)(?:\b|n't|not))|\)? (?:because"
-    r"|since|as|for|and not)\b|\)? (?:is|(?:must|would) be) (?:the |my )*(?:right|correct|best|answer)")
+TAKEN = (r"$|[.,:;!?]|\s*-|[)\]}](?! (?:is|are|was|has|does|can)(?:\b|n't|not))|\)? (?:because|as"
+    r"|since|for|and not)\b|\)? (?:is|must be|would be) (?:the |my )?(?:right|correct|best|answer)")
 LEAD = (r"(?i)[.,;!?\n]\s+|\b(?:so|therefore|thus|hence|it is|it's|(?:must|should) be|choose|pick"
     r"|with|option|choice|but|is(?= \(?(?-i:[A-Z])\b)|and(?= \(?[A-Z]\)? is))\b[:,]?\s*")
 # fmt: on
@@ -261,7 +261,7 @@ def same_mathematics(given: str, wanted: str) -> bool:
             return False
         if len(verdicts) == 100_000:
             verdicts.clear()
-        begin, process = time.monotonic(), state["process"]
+        process = state["process"]
         if process is None or process.poll() is not None:
             process = state["process"] = subprocess.Popen(
                 [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -269,11 +269,12 @@ def same_mathematics(given: str, wanted: str) -> bool:
             )  # fmt: skip
             if not process.stdout.readline():
                 raise RuntimeError(f"{sys.executable} {__file__}: math-verify does not start")
+        begin = time.monotonic()
         with suppress(BrokenPipeError):
             request = given, wanted, min(TIME_LIMIT, state["left"])
             print(json.dumps(request), file=process.stdin, flush=True)
         verdicts[given, wanted] = (process.stdout.readline() or process.wait()) == "true\n"
-        state["left"] -= time.monotonic() - begin
+        state["left"] -= time.monotonic() - begin + (process.poll() is not None)  # 1 s for another
         return verdicts[given, wanted]
 
 

@@ -35,8 +35,8 @@ class MathTask(Task):
         return float(is_correct(completions[-1], problem.answer, self.words))
 
     def final_answer(self, problem: Problem, completion: str) -> str:
-        """The final answer in a form in which equal letters, numbers, words or expressions are equal
-        strings: of equal expressions the first that came. "" where there is none."""
+        """The final answer in a form in which equal letters, numbers, words or expressions are
+        equal strings: of equal expressions the first that came. "" where there is none."""
         if problem.options:
             return choose(completion, problem.options) or ""
         found = extract(completion, self.words) or ""
