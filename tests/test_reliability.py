@@ -558,7 +558,16 @@ def test_outputs_are_refused_before_the_work(tmp_path, monkeypatch, finished):
             args = module.Args(out=Path(out), device="cpu")
             refused(lambda m=module, a=args: m.main(a), "--out", "no folder that can be written")
     monkeypatch.setattr(plot, "read_run", work)
-    for out in ("folder.png", "file/x.png", ".", "x", "x.exe", "x.png.txt", ".png"):
+    for out in (
+        "folder.png",
+        "file/x.png",
+        ".",
+        "x",
+        f"{'x' * 300}.png",
+        "x.exe",
+        "x.png.txt",
+        ".png",
+    ):
         args = plot.Args(runs=(finished,), out=Path(out))
         refused(lambda a=args: plot.main(a), "--out")
     monkeypatch.setattr(tokens, "read_rows", work)
@@ -659,6 +668,33 @@ def test_the_second_signal_leaves_at_once(run_main, monkeypatch, capfd):
     assert left == [143] and capfd.readouterr().err.endswith("stopped by SIGTERM\n")
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
         signal.signal(number, handler)
+
+
+def test_two_signals_while_a_checkpoint_is_written(run_main, monkeypatch):
+    """The one before stays whole, and the run goes on from it as if nothing had been."""
+    whole, save = read_metrics(run_main("grpo_baseline", run_name="whole")), torch.save
+
+    def interrupted(*rest):
+        if "000002" in str(rest[-1]):
+            signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGINT)
+        save(*rest)
+
+    def leaving(code):
+        raise SystemExit(code)
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "_exit", leaving)
+        patch.setattr(torch, "save", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            run_main("grpo_baseline", run_name="cut")
+    assert caught.value.code == 130
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    folder = Path("runs/cut").resolve()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000001", "tmp-000002"]
+    run_main("grpo_baseline", resume=folder)
+    assert read_metrics(folder) == whole
 
 
 def test_a_signal_in_the_vote_leaves_between_two_batches(run_main, monkeypatch, tmp_path, capsys):
@@ -768,6 +804,10 @@ def test_what_is_no_bug_needs_no_traceback(capfd):
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),
         (MemoryError(), "error: not enough memory (MemoryError)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough"),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            "'x' (pip install -r requirements.txt",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: not enough memory"),
     ):
         errors.one_sentence(type(error), error, None)

@@ -119,10 +119,14 @@ def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
-    names = [group["name"] for group in optimizer.param_groups]
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    if names != [group["name"] for group in optimizer.param_groups]:
-        raise ValueError("its optimizer has other groups of parameters")
+    for mine, group in zip(before, optimizer.param_groups, strict=True):
+        own = mine.keys() - {"params", "lr"}
+        if group["name"] != mine["name"] or any(group.get(k, mine[k]) != mine[k] for k in own):
+            raise ValueError("its optimizer has other settings")
+    if len({frozenset(moments) for moments in optimizer.state.values()}) > 1:
+        raise ValueError("its optimizer lacks moments")
     for parameter, moments in optimizer.state.items():
         if any(x.dim() and x.shape != parameter.shape for x in moments.values()):
             raise ValueError("its optimizer's moments have other sizes than the parameters")

@@ -34,8 +34,9 @@ def stop(message: str) -> NoReturn:
 
 
 def say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be gone too
-        print(visible(line), file=sys.stderr, flush=True)
+    """On the stderr that the program began with, past any progress bar."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be gone too
+        print(visible(line), file=sys.__stderr__, flush=True)
 
 
 def silence() -> None:
@@ -48,9 +49,9 @@ def leave(number: int, _frame: object = None) -> NoReturn:
     """Leave at once with one line, as signal `number` asks. No exception does it: one that is
     raised in a destructor is lost, and the program goes on."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if sys.stdout.isatty():
-            print("\x1b[?25h")  # a progress bar has hidden the cursor
-        sys.stdout.flush()
+        if sys.__stdout__.isatty():
+            print("\x1b[?25h", file=sys.__stdout__)  # a progress bar has hidden the cursor
+        sys.__stdout__.flush()
     say(f"stopped by {signal.Signals(number).name}")
     os._exit(128 + number)
 
@@ -65,6 +66,8 @@ def one_sentence(kind: type, error: BaseException, trace: object) -> None:
             f"error: not enough memory ({str(error).strip()[:200] or kind.__name__}); a smaller "
             "--micro-batch-size, --rollout-batch-size or model needs less"
         )
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("utils"):
+        say(f"error: {error} (pip install -r requirements.txt)")
     else:
         sys.__excepthook__(kind, error, trace)
     try:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +49,11 @@ def check_file(flag: str, file: Path, endings: tuple[str, ...]) -> None:
     if file.suffix.lower() not in endings:
         stop(f"{flag} {file}: give a name that ends in {' or '.join(endings)}")
     make_folder(flag, file.parent)
-    if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
-        stop(f"{flag} {file}: no file can be written there")
+    try:
+        if file.is_dir() or (file.exists() and not os.access(file, os.W_OK)):
+            raise PermissionError("a folder, or not yours")
+    except OSError as error:
+        stop(f"{flag} {file}: no file can be written there ({error.strerror or error})")
 
 
 def claim(folder: Path) -> TextIO:
@@ -95,7 +99,9 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
     for row in rows:
         if None in row or not {"update", "charts/episodes"} <= row.keys():
             raise ValueError(f"{file.name}: a row is cut or too long")
-        int(row["update"]), [float(value) for value in row.values()]
+        numbers = {key: float(value) for key, value in row.items()}
+        if not (math.isfinite(numbers["charts/episodes"]) and int(row["update"]) >= 0):
+            raise ValueError(f"{file.name}: update or episodes are no counts")
     if rows and not file.read_bytes().endswith(b"\n"):
         raise ValueError(f"{file.name}: its last row is cut")
     return rows

@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -133,7 +134,7 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
         task = DialogueTask([], [], {}, args.seed)
     else:
         name, _, split = name.partition("@")
-        name, config = (name, None) if Path(name).exists() else (*name.rsplit(":", 1), None)[:2]
+        name, config = (name, None) if os.path.exists(name) else (*name.rsplit(":", 1), None)[:2]
         questions = load_split(args, name, config, split or None, "test", unlabelled=False)
         rows = [
             (q.message, q.conversation, q.answer, q.options)
@@ -309,7 +310,7 @@ def main(args: Args) -> None:
     out = (
         args.out or Path("runs") / f"evaluate__{Path(model).name}__{time.strftime('%Y%m%d-%H%M%S')}"
     )
-    make_folder("--out", out)
+    make_folder("--out", args.out or out.parent)
     console = Console(highlight=False, markup=False, emoji=False)
     device = pick_device(args.device)
     policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
@@ -325,6 +326,7 @@ def main(args: Args) -> None:
     }
     rows = []
     with writing(out):
+        out.mkdir(exist_ok=True)
         write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
         file = (out / "completions.jsonl").open("w")
     with file:

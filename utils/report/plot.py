@@ -5,6 +5,7 @@ python -m utils.plot benchmark/results/long_runs/*       # runs that differ by s
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
         for key, value in row.items():
-            series[key][float(row["charts/episodes"])] = float(value)
+            if not math.isnan(number := float(value)):
+                series[key][float(row["charts/episodes"])] = number
     return flags, series
 
 
