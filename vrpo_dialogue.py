@@ -23,7 +23,6 @@ Where they drift apart, and answers or dialogues grow, the policy is exploiting 
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
@@ -35,7 +34,7 @@ from utils import ranks
 from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
-from utils.keyed import coin, permutation, seed_torch
+from utils.keyed import coin, permutation, row_normal, row_seeds, seed_torch
 from utils.models import load_policy, pick_device, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
@@ -274,25 +273,21 @@ class Critic(nn.Module):
             self.lm_head = copy.deepcopy(policy.lm_head).float().requires_grad_(True)
         self.beta = args.beta  # rises during --beta-warmup
 
-    # VRPO: the codes of a micro-batch that another process has are drawn here too, and thrown away
-    def skip(self, part: Batch, samples: int) -> None:
-        for encoder in self.encoders:
-            shape = (samples, int(part["mask"].sum()), encoder.out_features // 2)
-            torch.randn(shape, device=part["mask"].device)
-
     # VRPO: the mean over some samples of the code, with the nats that it costs
-    def values(self, features: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(11) V, the bottleneck's KL and the last layer's mean sigma, (N,) each. V averages the
-        decoder over the code: at z = mu, an untypical point, it was never trained."""
+    def values(self, features: Tensor, part: Batch, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(11) V, the bottleneck's KL and the last layer's mean sigma, (N,) each, of the masked
+        tokens of `part`. V averages the decoder over the code: at z = mu, an untypical point, it
+        was never trained."""
         with torch.autocast(features.device.type, enabled=False):
             z = features.float().unsqueeze(0)  # VRPO: (1, N, D)
             kl = sigma = torch.zeros(len(features), device=features.device)
-            for encoder in self.encoders:
+            for layer, encoder in enumerate(self.encoders):
                 mu, log_sigma = encoder(z).chunk(2, dim=-1)
                 log_sigma = log_sigma.clamp(-5, 2)  # neither certain nor without bounds
                 kl = kl + gaussian_kl(mu, log_sigma).mean(0)
                 sigma = log_sigma.exp().mean((0, 2))
-                noise = torch.randn((samples, *mu.shape[1:]), device=mu.device)
+                seeds = part["latent_seed"] + layer  # the noise belongs to the row of the batch
+                noise = row_normal(seeds, part["mask"], samples, mu.shape[-1])
                 z = mu + log_sigma.exp() * noise  # (samples, N, latent_dim)
             return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
 
@@ -369,11 +364,10 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
     scores = {"values": torch.zeros_like(batch["logprobs"])}
     critic_entropy = torch.zeros_like(batch["logprobs"])  # VRPO
     critic_nll = torch.zeros_like(batch["logprobs"])
-    skip = partial(critic.skip, samples=args.value_samples)  # VRPO
-    for rows, part in micro_batches(batch, args.micro_batch_size, skip):
+    for rows, part in micro_batches(batch, args.micro_batch_size):
         mask = part["mask"]
         features = hidden_states(backbone, part["inputs"], mask)
-        values, _, _ = critic.values(features, args.value_samples)  # VRPO
+        values, _, _ = critic.values(features, part, args.value_samples)  # VRPO
         put(scores["values"], rows, values, mask)
         # VRPO: the same pass tells what the LM head thinks of the tokens
         tokens = part["targets"][mask]
@@ -491,7 +485,7 @@ def critic_loss(
     """(15) VRPO: MSE + beta L_KL + lambda_ent L_ent + lambda_ppl L_ppl of a micro-batch, from
     features (N, D), the MSE in units of Var(R). And its terms, for the log."""
     mask, weights = part["mask"], part["weights"]
-    values, ib_kl, sigma = critic.values(features, samples=1)
+    values, ib_kl, sigma = critic.values(features, part, samples=1)
     values = on_grid(values, mask)
     mse = value_loss(values, part["values"], part["returns"], weights, args.value_clip)
     mse = mse / return_variance
@@ -570,7 +564,7 @@ def main(args: Args) -> None:
         # --- 7.4 advantages ---
         if update == 1:
             nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
-        seed_torch(args.seed, "latent", update)  # VRPO: the samples of the code
+        batch["latent_seed"] = row_seeds(mask, args.seed, "latent", update)  # VRPO: of the code
         ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
         with precision:
             if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
@@ -590,6 +584,7 @@ def main(args: Args) -> None:
         averages = metrics.Averages(device)
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
+            batch["latent_seed"] = row_seeds(mask, args.seed, "latent", update, epoch)  # VRPO
             for rows in order.to(device).split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(minibatch["mask"])
@@ -598,8 +593,7 @@ def main(args: Args) -> None:
                 minibatch["perplexity_weights"] = token_weights(minibatch["perplexity_active"])
                 averages.new_minibatch()
                 optimizer.zero_grad()
-                skip = partial(critic.skip, samples=1)  # VRPO
-                for _, part in micro_batches(minibatch, args.micro_batch_size, skip):
+                for _, part in micro_batches(minibatch, args.micro_batch_size):
                     part_mask, weights = part["mask"], part["weights"]
                     tokens = part["targets"][part_mask]
                     with precision:

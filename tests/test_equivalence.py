@@ -12,6 +12,7 @@ import vrpo_math as vrpo
 from tests.conftest import SCRIPTS, bare_world, read_metrics, read_samples
 from utils import tensors
 from utils.generation import Answer
+from utils.keyed import row_seeds
 from utils.models import load_policy
 from utils.world.environment import Episode
 from utils.world.problems import Problem
@@ -106,7 +107,7 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
             0.2,
         )
         if module is vrpo:
-            _, kl, _ = critic.values(features, samples=1)
+            values, kl, _ = critic.values(features, part, samples=1)
             critic_logprobs, entropy = tensors.logprobs_and_entropy(
                 critic.lm_head, features, part["targets"][mask], 1.0
             )
@@ -118,8 +119,9 @@ def gradients(module, policy, chat, minibatch, micro_batch_size):
             )
             loss = loss + ppo.weighted_sum(tensors.on_grid(kl, mask), part["weights"]) + ent + ppl
         else:
-            values = tensors.on_grid(critic.values(features), mask)
-            loss = loss + ppo.value_loss(values, values, part["advantages"], part["weights"], None)
+            values = critic.values(features)
+        values = tensors.on_grid(values, mask)
+        loss = loss + ppo.value_loss(values, values, part["advantages"], part["weights"], None)
         loss.backward()
     parameters = [
         *policy.parameters(),
@@ -135,6 +137,7 @@ def test_accumulation_1x8_equals_8x1(module, policy_and_chat):
     torch.manual_seed(1)
     batch["logprobs"], batch["advantages"] = torch.randn(2, *batch["mask"].shape)
     batch["weights"] = ppo.token_weights(batch["mask"])
+    batch["latent_seed"] = row_seeds(batch["mask"], 1)
     for key in ("entropy", "perplexity"):
         batch[f"{key}_weights"] = ppo.token_weights(
             vrpo.most_uncertain(torch.rand(batch["mask"].shape), batch["mask"], 0.8)
@@ -277,6 +280,12 @@ def test_no_gradient_into_the_frozen_head(policy_and_chat):
         )  # the semantic losses reach the backbone
 
 
+def latent(rows: int, width: int, *key) -> dict:
+    """What the bottleneck needs of a micro-batch that is full: its mask and the rows' seeds."""
+    mask = torch.ones(rows, width, dtype=torch.bool)
+    return {"mask": mask, "latent_seed": row_seeds(mask, *key)}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
@@ -284,9 +293,9 @@ def test_bottleneck_depth_and_value_samples(policy_and_chat, layers):
     critic = vrpo.Critic(policy, vrpo.Args(bottleneck_layers=layers))
     torch.nn.init.normal_(critic.head.weight)
     features = torch.randn(50, policy.config.hidden_size)
-    torch.manual_seed(0)
-    runs = {k: torch.stack([critic.values(features, k)[0] for _ in range(30)]) for k in (1, 64)}
-    _, kl, sigma = critic.values(features, 4)
+    parts = [latent(5, 10, i) for i in range(30)]
+    runs = {k: torch.stack([critic.values(features, p, k)[0] for p in parts]) for k in (1, 64)}
+    _, kl, sigma = critic.values(features, parts[0], 4)
     assert runs[1].shape == (30, 50) and kl.shape == sigma.shape == (50,)
     assert len(critic.encoders) == layers and (kl > 0).all() == (layers > 0)
     if layers == 0:
@@ -304,7 +313,7 @@ def test_the_bottleneck_starts_open(policy_and_chat):
     hidden = torch.randn(256, policy.lm_head.in_features)
     mu, log_sigma = critic.encoders[0](hidden).chunk(2, dim=-1)
     assert mu.std().item() == pytest.approx(1, abs=0.1) and (log_sigma == -1).all()
-    values, _, sigma = critic.values(hidden, samples=2)
+    values, _, sigma = critic.values(hidden, latent(16, 16, 0), samples=2)
     assert (values == 0).all() and sigma.mean().item() == pytest.approx(math.exp(-1))
 
 

@@ -16,6 +16,7 @@ import vrpo_math as vrpo
 from tests.conftest import ROOT, read_samples
 from tests.test_tensors import ROWS, TWO_TURNS, pack
 from utils import ranks, tensors
+from utils.keyed import row_seeds
 from utils.models import load_policy
 
 UNEVEN = {"samples_per_prompt": 3, "minibatch_size": 5, "micro_batch_size": 2, "eval_size": 7}
@@ -50,18 +51,18 @@ def test_the_parts_of_all_processes_are_the_whole(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_process_draws_the_codes_of_the_others_too(tiny_model, monkeypatch):
+def test_the_codes_belong_to_rows_not_to_processes(tiny_model, monkeypatch):
     """The values that two processes find between them are those of one."""
     policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
     args = vrpo.Args(micro_batch_size=2, bottleneck_layers=2, value_samples=3)
     critic = vrpo.Critic(policy, args)
     torch.nn.init.normal_(critic.head.weight)
     batch, found = pack([*ROWS, *TWO_TURNS, *ROWS]), []
+    batch["latent_seed"] = row_seeds(batch["mask"], 3)
     for rank, count in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(ranks, "RANKS", count)
         monkeypatch.setattr(ranks, "RANK", rank)
         monkeypatch.setattr(ranks, "add_up", lambda *found: None)
-        torch.manual_seed(3)
         found.append(vrpo.score_tokens(policy, critic, batch, args)["values"])
     one, first, second = found
     assert torch.allclose(first + second, one, atol=1e-6)

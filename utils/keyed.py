@@ -5,6 +5,7 @@ share prompts, samples and noise."""
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def coin(*key: object) -> float:
@@ -18,6 +19,24 @@ def seed_torch(*key: object) -> None:
     torch.manual_seed(int(coin(*key) * 2**53))
 
 
-def permutation(size: int, *key: object) -> torch.Tensor:
+def permutation(size: int, *key: object) -> Tensor:
     """A permutation of range(size), int64, that depends on the key alone."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(int(coin(*key) * 2**53)))
+
+
+def row_seeds(mask: Tensor, *key: object) -> Tensor:
+    """A seed for every row of a batch with that mask, (B, 1) int64: a column of the batch."""
+    seeds = [[int(coin(*key, row) * 2**53)] for row in range(len(mask))]
+    return torch.tensor(seeds, device=mask.device)
+
+
+def row_normal(seeds: Tensor, mask: Tensor, samples: int, width: int) -> Tensor:
+    """Standard normal noise (samples, N, width) for the N masked tokens of some rows: each row's
+    depends on its seed (rows, 1) alone, so it does not matter which rows stand together, or in
+    which process."""
+    noise = []
+    for seed, length in zip(seeds.flatten().tolist(), mask.sum(1).tolist(), strict=True):
+        generator = torch.Generator(mask.device).manual_seed(seed)
+        shape = (samples, length, width)
+        noise.append(torch.randn(shape, generator=generator, device=mask.device))
+    return torch.cat(noise, dim=1)

@@ -1,6 +1,6 @@
 """Episodes as tensors: the grid (B, T) on which everything lives, and batches without padding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +39,13 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return {key: value[rows, :width] for key, value in batch.items()}
 
 
-def micro_batches(
-    batch: Batch, size: int, skip: Callable[[Batch], None] | None = None
-) -> Iterator[tuple[Tensor, Batch]]:
+def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
-    stand together, so that little is padding. Several processes have every so-manieth part each;
-    `skip` is told the others (to draw what they draw)."""
+    stand together, so that little is padding. Several processes have every so-manieth part each."""
     last_column = batch["mask"].cumsum(1).argmax(1)
-    for i, rows in enumerate(last_column.argsort(stable=True).split(size)):
-        if i % ranks.RANKS == ranks.RANK:
-            yield rows, take(batch, rows)
-        elif skip:
-            skip(take(batch, rows))
+    parts = last_column.argsort(stable=True).split(size)
+    for rows in parts[ranks.RANK :: ranks.RANKS]:
+        yield rows, take(batch, rows)
 
 
 def on_grid(values: Tensor, mask: Tensor) -> Tensor:

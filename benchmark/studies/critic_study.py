@@ -36,7 +36,7 @@ import vrpo_math as vrpo  # noqa: E402
 from benchmark.jobs import RESULTS, Task, digest, make  # noqa: E402
 from benchmark.report import markdown, renew  # noqa: E402
 from utils.errors import stop  # noqa: E402
-from utils.keyed import permutation, seed_torch  # noqa: E402
+from utils.keyed import permutation, row_seeds, seed_torch  # noqa: E402
 from utils.models import load_policy, pick_device  # noqa: E402
 from utils.report import style  # noqa: E402
 from utils.report.metrics import advantage_noise, explained_variance  # noqa: E402
@@ -248,15 +248,15 @@ def train_update(
 ) -> None:
     """7.4 and 7.5 of the script's main(), the policy left out."""
     begin_update(module, optimizer, critic, update, args)
-    seed_torch(args.seed, "latent", update)
+    batch["latent_seed"] = row_seeds(batch["mask"], args.seed, "latent", update)
     batch = batch | module.score_tokens(policy, critic, batch, args)
     _, targets = module.advantages_and_targets(rewards, batch, args)
     batch |= targets
     unit = batch["returns"][batch["mask"]].var().clamp(min=0.01)
     for epoch in range(args.epochs):
-        for rows in permutation(len(rewards), args.seed, "minibatches", update, epoch).split(
-            args.minibatch_size
-        ):
+        batch["latent_seed"] = row_seeds(batch["mask"], args.seed, "latent", update, epoch)
+        order = permutation(len(rewards), args.seed, "minibatches", update, epoch)
+        for rows in order.split(args.minibatch_size):
             minibatch = take(batch, rows)
             minibatch["weights"] = ppo.token_weights(minibatch["mask"])
             for key in ("entropy", "perplexity"):
@@ -282,7 +282,7 @@ def measure(
     the advantages that the reward errors make (1 - squared correlation with the advantages of the
     clean rewards). On the last fitted episodes: the share of their reward errors that the values
     reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
-    seed_torch(args.seed, "measure")
+    batch = batch | {"latent_seed": row_seeds(batch["mask"], args.seed, "measure")}
     part = take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
     part |= module.score_tokens(policy, critic, part, args)
