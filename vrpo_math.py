@@ -256,8 +256,7 @@ class Critic(nn.Module):
                 log_sigma = log_sigma.clamp(-5, 2)  # neither certain nor without bounds
                 kl = kl + gaussian_kl(mu, log_sigma).mean(0)
                 sigma = log_sigma.exp().mean((0, 2))
-                seeds = part["latent_seed"] + layer  # the noise belongs to the row of the batch
-                noise = row_normal(seeds, part["mask"], samples, mu.shape[-1])
+                noise = row_normal(part["seed"] + layer, part["mask"], samples, mu.shape[-1])
                 z = mu + log_sigma.exp() * noise  # (samples, N, latent_dim)
             return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
 
@@ -528,7 +527,7 @@ def main(args: Args) -> None:
         # --- 7.4 advantages ---
         if update == 1:
             nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
-        batch["latent_seed"] = row_seeds(mask, args.seed, "latent", update)  # VRPO: of the code
+        batch["seed"] = row_seeds(mask, args.seed, "latent", update)  # VRPO: of the code
         ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
         with precision:
             if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
@@ -548,7 +547,7 @@ def main(args: Args) -> None:
         averages = metrics.Averages(device)
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
-            batch["latent_seed"] = row_seeds(mask, args.seed, "latent", update, epoch)  # VRPO
+            batch["seed"] = row_seeds(mask, args.seed, "latent", update, epoch)  # VRPO
             for rows in order.to(device).split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(minibatch["mask"])

@@ -45,7 +45,8 @@ METRICS = (
     "eval/turns", "eval/impatient", "eval/response_length", "reward/clean", "reward/observed",
     "reward/flip_rate", "reward/youden_j", "charts/response_length", "objective/entropy",
     "objective/kl_ref", "objective/advantage_noise", "critic/explained_variance",
-    "critic/explained_variance_clean", "vrpo/ib_kl", "vrpo/latent_std", "grpo/zero_variance_groups",
+    "critic/explained_variance_clean", "critic/explained_variance_first",
+    "critic/explained_variance_last", "charts/verifier_calls", "vrpo/ib_kl", "vrpo/latent_std", "grpo/zero_variance_groups",
     "sampled/impatient",
 )  # fmt: skip
 KEY = ["method", "arm", "seed", "digest"]

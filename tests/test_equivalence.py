@@ -137,7 +137,7 @@ def test_accumulation_1x8_equals_8x1(module, policy_and_chat):
     torch.manual_seed(1)
     batch["logprobs"], batch["advantages"] = torch.randn(2, *batch["mask"].shape)
     batch["weights"] = ppo.token_weights(batch["mask"])
-    batch["latent_seed"] = row_seeds(batch["mask"], 1)
+    batch["seed"] = row_seeds(batch["mask"], 1)
     for key in ("entropy", "perplexity"):
         batch[f"{key}_weights"] = ppo.token_weights(
             vrpo.most_uncertain(torch.rand(batch["mask"].shape), batch["mask"], 0.8)
@@ -283,7 +283,7 @@ def test_no_gradient_into_the_frozen_head(policy_and_chat):
 def latent(rows: int, width: int, *key) -> dict:
     """What the bottleneck needs of a micro-batch that is full: its mask and the rows' seeds."""
     mask = torch.ones(rows, width, dtype=torch.bool)
-    return {"mask": mask, "latent_seed": row_seeds(mask, *key)}
+    return {"mask": mask, "seed": row_seeds(mask, *key)}
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_the_codes_belong_to_rows_not_to_processes(tiny_model, monkeypatch):
     critic = vrpo.Critic(policy, args)
     torch.nn.init.normal_(critic.head.weight)
     batch, found = pack([*ROWS, *TWO_TURNS, *ROWS]), []
-    batch["latent_seed"] = row_seeds(batch["mask"], 3)
+    batch["seed"] = row_seeds(batch["mask"], 3)
     for rank, count in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(ranks, "RANKS", count)
         monkeypatch.setattr(ranks, "RANK", rank)

@@ -248,13 +248,13 @@ def train_update(
 ) -> None:
     """7.4 and 7.5 of the script's main(), the policy left out."""
     begin_update(module, optimizer, critic, update, args)
-    batch["latent_seed"] = row_seeds(batch["mask"], args.seed, "latent", update)
+    batch["seed"] = row_seeds(batch["mask"], args.seed, "latent", update)
     batch = batch | module.score_tokens(policy, critic, batch, args)
     _, targets = module.advantages_and_targets(rewards, batch, args)
     batch |= targets
     unit = batch["returns"][batch["mask"]].var().clamp(min=0.01)
     for epoch in range(args.epochs):
-        batch["latent_seed"] = row_seeds(batch["mask"], args.seed, "latent", update, epoch)
+        batch["seed"] = row_seeds(batch["mask"], args.seed, "latent", update, epoch)
         order = permutation(len(rewards), args.seed, "minibatches", update, epoch)
         for rows in order.split(args.minibatch_size):
             minibatch = take(batch, rows)
@@ -282,7 +282,7 @@ def measure(
     the advantages that the reward errors make (1 - squared correlation with the advantages of the
     clean rewards). On the last fitted episodes: the share of their reward errors that the values
     reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
-    batch = batch | {"latent_seed": row_seeds(batch["mask"], args.seed, "measure")}
+    batch = batch | {"seed": row_seeds(batch["mask"], args.seed, "measure")}
     part = take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
     part |= module.score_tokens(policy, critic, part, args)

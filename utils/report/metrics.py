@@ -120,6 +120,7 @@ def of_rollout(env, episodes: list, clean: Tensor, observed: Tensor) -> dict[str
         "charts/response_length": sum(e.length for e in episodes) / count,
         "charts/turns": sum(len(e.completions) for e in episodes) / count,
         "charts/eos_rate": finished.float().mean().item(),
+        "charts/verifier_calls": count,
         "reward/observed": observed.mean().item(),
         "reward/clean": clean.mean().item(),
         **channel(clean, observed),
@@ -130,13 +131,19 @@ def of_rollout(env, episodes: list, clean: Tensor, observed: Tensor) -> dict[str
 def of_critic(
     batch: dict, rewards: Tensor, clean_rewards: Tensor, advantages: Tensor, gamma: float
 ) -> dict[str, float]:
-    """critic/: how well the rollout's values foresaw the observed returns, and the clean ones."""
+    """critic/: how well the rollout's values foresaw the observed returns, and the clean ones; these
+    also in the first state of every episode, in which a critic can know the problem alone, and in
+    the last, in which it has read the answer."""
     values, mask = batch["values"], batch["mask"]
+    place = mask.cumsum(1)
+    first, last = mask & (place == 1), mask & (place == place[:, -1:])
     returns = discounted_returns(rewards, mask, gamma)
     clean_returns = discounted_returns(clean_rewards, mask, gamma)
     return {
         "critic/explained_variance": explained_variance(values, returns, mask),
         "critic/explained_variance_clean": explained_variance(values, clean_returns, mask),
+        "critic/explained_variance_first": explained_variance(values, clean_returns, first),
+        "critic/explained_variance_last": explained_variance(values, clean_returns, last),
         "critic/value_mean": values[mask].mean().item(),
         "critic/return_mean": returns[mask].mean().item(),
         "critic/advantage_std": advantages[mask].std().item(),
