@@ -278,13 +278,12 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 # Vine: gamma is 1, and lambda acts from line to line
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, starts: Tensor, lam: float) -> Tensor:
-    """(35) Generalised advantage estimation (Schulman et al. 2016), all tensors (B, T):
+    """(35) Vine: generalised advantage estimation from line to line, all tensors (B, T):
 
         delta_t = r_t + V_{t+1} - V_t,    A_t = delta_t + lambda_{t+1} A_{t+1}.
 
     t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and
-    V after the last token is 0.
-    Vine: lambda_t is --gae-lambda where a line starts and 1 within it, so that at 0 a token's
+    V after the last token is 0. Vine: lambda_t is --gae-lambda where a line starts and 1 within it, so that at 0 a token's
     advantage is the next line's value less its own line's, plus the rewards in between."""
     passed = torch.where(starts, lam, 1.0)  # Vine: the share of A_t that the token before it gets
     advantages = torch.zeros_like(values)

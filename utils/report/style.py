@@ -44,6 +44,7 @@ SCRIPTS = {
     "vrpo_dialogue": "VRPO",
     "dvpo_math": "DVPO",
     "robust_ppo_baseline": "robust PPO",
+    "vine_ppo_baseline": "VinePPO",
 }
 ADVANTAGES = {"dr_grpo": "Dr.GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
 SHADES = (0.0, -0.5, 0.35, 0.6, -0.75)  # towards black below 0, towards white above
