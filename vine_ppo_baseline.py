@@ -283,8 +283,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, starts: Tensor, lam: floa
         delta_t = r_t + V_{t+1} - V_t,    A_t = delta_t + lambda_{t+1} A_{t+1}.
 
     t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and
-    V after the last token is 0. Vine: lambda_t is --gae-lambda where a line starts and 1 within it, so that at 0 a token's
-    advantage is the next line's value less its own line's, plus the rewards in between."""
+    V after the last token is 0. Vine: lambda_t is --gae-lambda where a line starts and 1 within it,
+    so that at 0 an advantage is the next line's value less its own, plus the rewards in between."""
     passed = torch.where(starts, lam, 1.0)  # Vine: the share of A_t that the token before it gets
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])

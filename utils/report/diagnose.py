@@ -124,6 +124,8 @@ def blind_critic(run: History) -> Finding | None:
     if "beta" in run.flags and run.flags.get("bottleneck_layers"):
         advice += ", a lower --beta or lower --lambda-ent and --lambda-ppl"
     text = f"{key} is {late:.3f} over the last third of the run"
+    if "vine_samples" in run.flags:
+        advice = "more --vine-samples"
     losses = list(run.metrics.get("losses/value", {}).values())
     if losses and max(losses) > 10 * median(
         losses

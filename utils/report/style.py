@@ -1,7 +1,8 @@
 """One look for all figures: a method has its colour, line and marker wherever it is drawn.
 
-Solid lines have a critic, dashed ones none, dotted ones are a method's twin. The colours are Okabe
-and Ito's, made for readers who cannot tell red from green, and some of Paul Tol's.
+Solid lines have a critic, dashed ones none, dash-dotted ones values that are sampled, dotted ones
+are a method's twin. The colours are Okabe and Ito's, made for readers who cannot tell red from
+green, and some of Paul Tol's.
 """
 
 from collections.abc import Iterable
