@@ -114,9 +114,8 @@ def test_since_is_where_the_trouble_begins(findings):
     assert finding.name == "the critic misleads" and finding.since == 7
 
 
-def test_sampled_values_have_no_learning_rate(findings):
-    (finding,) = findings({"vine_samples": 4}, critic__explained_variance=line(-0.2, -0.1))
-    assert finding.advice == "more --vine-samples"
+def test_sampled_values_may_be_noisy(findings):
+    assert findings({"vine_samples": 4}, critic__explained_variance=line(-0.2, -0.1)) == []
 
 
 def test_one_bad_update_is_none_of_five(findings):
