@@ -14,7 +14,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline")
+SCRIPTS = (
+    "ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline",
+    "vine_ppo_baseline",
+)  # fmt: skip
+CRITICS = [name for name in SCRIPTS if name not in ("grpo_baseline", "vine_ppo_baseline")]
+TALKERS = [name for name in SCRIPTS if name != "vine_ppo_baseline"]  # several turns
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmark import report
 from benchmark.studies import critic_study as study
-from tests.conftest import SCRIPTS
+from tests.conftest import CRITICS
 from utils.keyed import seed_torch
 from utils.models import load_policy
 from utils.tensors import pack
@@ -20,7 +20,7 @@ from utils.world.environment import Environment
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "grpo_baseline"])
+@pytest.mark.parametrize("name", CRITICS)
 def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main, small_flags):
     """Two updates of the critic alone: the study's critic has the checkpoint's weights."""
     flags = small_flags | {

@@ -114,6 +114,10 @@ def test_since_is_where_the_trouble_begins(findings):
     assert finding.name == "the critic misleads" and finding.since == 7
 
 
+def test_sampled_values_may_be_noisy(findings):
+    assert findings({"vine_samples": 4}, critic__explained_variance=line(-0.2, -0.1)) == []
+
+
 def test_one_bad_update_is_none_of_five(findings):
     assert findings(losses__approx_kl=[0.12] + [0.01] * 29) == []
     (finding,) = findings(losses__approx_kl=[0.01] * 10 + [0.6] + [0.01] * 19)

@@ -15,7 +15,7 @@ from utils.world.tasks import MathTask
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/results/*.md"))]
-FAMILIES = "charts|time|reward|objective|losses|critic|vrpo|dvpo|robust|grpo|eval"
+FAMILIES = "charts|time|reward|objective|losses|critic|vrpo|dvpo|robust|grpo|vine|eval"
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 

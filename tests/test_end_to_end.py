@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import ROOT, SCRIPTS, read_metrics, read_samples
+from tests.conftest import ROOT, SCRIPTS, TALKERS, read_metrics, read_samples
 
 # for what needs answers that end: the embedded model
 EMBEDDED = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32}
@@ -231,7 +231,7 @@ def test_help_shows_every_flag_with_its_text(shell):
         assert f"--{field.name.replace('_', '-')}" in done.stdout, field.name
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", TALKERS)
 def test_two_turns(name, run_main):
     """With --max-turns 2 some episodes have a second answer; everything downstream still works."""
     one = pd.read_csv(run_main(name, **EMBEDDED, run_name="one") / "metrics.csv")
@@ -370,7 +370,7 @@ def test_plot_groups_seeds(run_main, shell, tmp_path):
 
 # --- dialogue ---
 
-WITH_DIALOGUE = (*SCRIPTS, "vrpo_dialogue")
+WITH_DIALOGUE = (*TALKERS, "vrpo_dialogue")
 
 
 def read_transcripts(folder: Path) -> list[dict]:

@@ -577,5 +577,7 @@ def test_no_more_tokens_than_the_model_has_positions_for(tmp_path, folders):
     assert chat.context == 64
     chat.eos_ids = [299]
     assert len(generate(policy, chat, [[5] * 50], 14, 0.0)[0].tokens) == 14
+    answers = generate(policy, chat, [[5] * 50] * 9 + [[5] * 60], [14] * 9 + [4], 0.0)
+    assert [len(answer.tokens) for answer in answers] == [14] * 9 + [4]
     with pytest.raises(SystemExit, match="longer than the 64 positions that the model has learned"):
         generate(policy, chat, [[5] * 60], 14, 0.0)

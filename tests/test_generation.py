@@ -73,6 +73,23 @@ def test_same_tokens_as_a_plain_loop(
         ) > 3  # rows do end apart
 
 
+@pytest.mark.parametrize("compact_at", [0.0, 0.8])
+def test_every_prompt_may_have_a_limit_of_its_own(policy_and_chat, monkeypatch, compact_at):
+    """What is cut off is the beginning of the answer that would have come."""
+    policy, chat = policy_and_chat
+    chat.eos_ids = list(range(0, policy.lm_head.out_features, 9))
+    monkeypatch.setattr(generation, "COMPACT_AT", compact_at)
+    prompts, limits = some_prompts(chat), [1 + 5 * i % 13 for i in range(12)]
+    torch.manual_seed(3)
+    whole = generate(policy, chat, prompts, 13, 1.0)
+    torch.manual_seed(3)
+    found = generate(policy, chat, prompts, limits, 1.0)
+    assert [a.tokens for a in found] == [a.tokens[:n] for a, n in zip(whole, limits, strict=True)]
+    assert found[1].logprobs == pytest.approx(whole[1].logprobs[: limits[1]])
+    ends = {answer.tokens[-1] in chat.eos_ids for answer in found}
+    assert ends == {True, False} and found != whole
+
+
 def test_greedy_answers_are_certain(policy_and_chat):
     policy, chat = policy_and_chat
     answer = generate(policy, chat, some_prompts(chat, 1), 5, temperature=0.0)[0]

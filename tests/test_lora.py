@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.conftest import SCRIPTS, read_metrics, read_samples
+from tests.conftest import CRITICS, SCRIPTS, read_metrics, read_samples
 from utils import tensors
 from utils.models import load_policy, save_policy, trainable, twin
 
@@ -82,7 +82,7 @@ def test_resume_with_lora_gives_the_same_metrics(name, run_main):
         "noise_rate": 0.4,
         "max_new_tokens": 12,
     }
-    if name != "grpo_baseline":
+    if name in CRITICS:
         flags["critic_warmup"] = 1
     whole = run_main(name, run_name="whole", updates=4, **flags)
     half = run_main(name, run_name="half", updates=2, **flags)

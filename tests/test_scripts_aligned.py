@@ -21,6 +21,7 @@ SIZES = {
     "vrpo_dialogue": 680,
     "dvpo_math": 660,
     "robust_ppo_baseline": 600,
+    "vine_ppo_baseline": 500,
 }
 FAMILY = tuple(SIZES)
 # child: its parent, the share of the parent's lines that it keeps at least, its hunks at most
@@ -30,6 +31,7 @@ BUDGETS = {
     "vrpo_dialogue": ("vrpo_math", 0.92, 20),
     "dvpo_math": ("ppo_baseline", 0.88, 25),
     "robust_ppo_baseline": ("ppo_baseline", 0.90, 25),
+    "vine_ppo_baseline": ("ppo_baseline", 0.72, 30),  # no critic, as in grpo_baseline
 }
 MARK = {
     "vrpo_math": "VRPO",
@@ -37,6 +39,7 @@ MARK = {
     "vrpo_dialogue": "dialogue",
     "dvpo_math": "DVPO",
     "robust_ppo_baseline": "robust",
+    "vine_ppo_baseline": "Vine",
 }
 # Top-level units that bear the same name in parent and child and differ, with the reason.
 INTENDED_DIFFS = {
@@ -65,6 +68,11 @@ INTENDED_DIFFS = {
     ("grpo_baseline", "make_optimizer"): "no critic",
     ("grpo_baseline", "schedule"): "no critic",
     ("grpo_baseline", "main"): "group advantages in place of values and GAE",
+    ("vine_ppo_baseline", "MethodArgs"): "the method's own flags in place of the critic's",
+    ("vine_ppo_baseline", "make_optimizer"): "no critic",
+    ("vine_ppo_baseline", "schedule"): "no critic",
+    ("vine_ppo_baseline", "gae"): "lambda from line to line",
+    ("vine_ppo_baseline", "main"): "sampled values in place of the critic",
     ("vrpo_dialogue", "UpdateArgs"): "the task's defaults",
     ("vrpo_dialogue", "MethodArgs"): "--reward-per",
     ("vrpo_dialogue", "Args"): "the task",

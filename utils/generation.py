@@ -105,29 +105,30 @@ def generate(
     policy,
     chat,
     prompts: list[list[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | list[int],
     temperature: float,
     at_once: int | None = None,
 ) -> list[Answer]:
-    """The policy's answer to every prompt, of at most max_new_tokens; `at_once` prompts in a batch
-    (default: all)."""
+    """The policy's answer to every prompt, of at most max_new_tokens (each prompt may have a limit
+    of its own); `at_once` prompts in a batch (default: all)."""
     answers = []
-    for start in range(0, len(prompts), at_once or len(prompts) or 1):
-        some = prompts[start : start + at_once] if at_once else prompts
-        answers += generate_batch(policy, chat, some, max_new_tokens, temperature)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    size = at_once or len(prompts) or 1
+    for start in range(0, len(prompts), size):
+        some = slice(start, start + size)
+        answers += generate_batch(policy, chat, prompts[some], limits[some], temperature)
     return answers
 
 
 def generate_batch(
-    policy, chat, prompts: list[list[int]], max_new_tokens: int, temperature: float
+    policy, chat, prompts: list[list[int]], limits: list[int], temperature: float
 ) -> list[Answer]:
     """The policy's answer to every prompt of a batch. Several processes decode a share each."""
     mine, answers, steps = ranks.share(len(prompts)), [], 0
     if mine:
         rows = torch.tensor(mine, device=policy.device)
-        some = [prompts[i] for i in mine]
-        limits = (max_new_tokens, temperature)
-        answers, steps = decode(policy, chat, some, rows, len(prompts), *limits)
+        some, room = [prompts[i] for i in mine], [limits[i] for i in mine]
+        answers, steps = decode(policy, chat, some, rows, len(prompts), room, temperature)
     ranks.adopt_generator(steps, policy.device)
     return [answer for part in ranks.gather(answers) for answer in part]
 
@@ -139,11 +140,11 @@ def decode(
     prompts: list[list[int]],
     places: Tensor,
     batch: int,
-    max_new_tokens: int,
+    limits: list[int],
     temperature: float,
 ) -> tuple[list[Answer], int]:
-    """The answers to prompts that stand at `places` (N,) in a batch of `batch`, and the steps that
-    it took."""
+    """The answers to prompts that stand at `places` (N,) in a batch of `batch`, of at most `limits`
+    (N) tokens, and the steps that it took."""
     decoder, device = policy.get_decoder(), policy.device
     cache = DynamicCache(config=policy.config)
     # rows can be taken out of caches of attention; a model with others decodes its batch as it
@@ -156,12 +157,12 @@ def decode(
     ]
     prompts = [tuple(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(prompts)) if movable else prompts
-    width = max(map(len, distinct))
+    width, most = max(map(len, distinct)), max(limits)
     tokens = torch.tensor(
         [(chat.pad_id,) * (width - len(p)) + p for p in distinct], device=device
     )  # padded on the left
     attention = torch.tensor(
-        [[0] * (width - len(p)) + [1] * (len(p) + max_new_tokens) for p in distinct], device=device
+        [[0] * (width - len(p)) + [1] * (len(p) + most) for p in distinct], device=device
     )
     positions = (attention.cumsum(1) - 1).clamp(min=0)
 
@@ -190,15 +191,19 @@ def decode(
         copies = torch.tensor([first[prompt] for prompt in prompts], device=device)
         hidden = hidden[copies]
         keep(copies)
-    answers = torch.full((len(prompts), max_new_tokens), chat.eos_ids[0], device=device)
+    answers = torch.full((len(prompts), most), chat.eos_ids[0], device=device)
     logprobs, entropy = torch.zeros(2, *answers.shape, device=device)
     going, eos = torch.ones_like(rows, dtype=torch.bool), torch.tensor(chat.eos_ids, device=device)
-    for step in range(max_new_tokens):
+    room = torch.tensor(limits, device=device)
+    # a row that was cut off may stay for a while, but not beyond the positions that a model learned
+    last = torch.tensor([[len(p) + n - 1] for p, n in zip(prompts, limits, strict=True)])
+    positions = positions.minimum(last.to(device))
+    for step in range(most):
         new, logprob, uncertainty = choose(policy.lm_head, hidden, places[rows], batch, temperature)
         answers[rows, step], logprobs[rows, step], entropy[rows, step] = new, logprob, uncertainty
-        going = going & ~torch.isin(new, eos)
+        going = going & ~torch.isin(new, eos) & (step + 1 < room[rows])
         count = int(going.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+        if count == 0:
             break
         if movable and count <= COMPACT_AT * len(rows):
             some = going.nonzero().squeeze(1)
@@ -206,7 +211,7 @@ def decode(
             keep(some)
         hidden = read(new.unsqueeze(1))
     is_eos = torch.isin(answers, eos)
-    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, most).minimum(room)
     columns = (answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist())
     found = [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in zip(*columns, strict=True)]
     return found, step + 1

@@ -30,6 +30,7 @@ CASES = {
     "grpo_baseline": [{"truncated": "mask", "max_new_tokens": 30}, {"max_turns": 2}],
     "dvpo_math": [{}],
     "robust_ppo_baseline": [{}],
+    "vine_ppo_baseline": [{}],
 }
 MACHINE = ("time/", "charts/tokens_per_second", "charts/peak_memory_gb")
 

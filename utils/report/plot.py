@@ -25,6 +25,7 @@ PANELS = {
     "reward/clean": "clean reward of the samples",
     "critic/explained_variance": "explained variance, observed returns",
     "critic/explained_variance_clean": "explained variance, clean returns",
+    "critic/explained_variance_last": "explained variance, clean, in the last state",
     "objective/entropy": "entropy (nats per token)",
     "charts/response_length": "response length (tokens)",
     "eval/turns": "turns of held-out dialogues",

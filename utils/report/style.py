@@ -1,7 +1,8 @@
 """One look for all figures: a method has its colour, line and marker wherever it is drawn.
 
-Solid lines have a critic, dashed ones none, dotted ones are a method's twin. The colours are Okabe
-and Ito's, made for readers who cannot tell red from green, and some of Paul Tol's.
+Solid lines have a critic, dashed ones none, dash-dotted ones values that are sampled, dotted ones
+are a method's twin. The colours are Okabe and Ito's, made for readers who cannot tell red from
+green, and some of Paul Tol's.
 """
 
 from collections.abc import Iterable
@@ -44,6 +45,7 @@ SCRIPTS = {
     "vrpo_dialogue": "VRPO",
     "dvpo_math": "DVPO",
     "robust_ppo_baseline": "robust PPO",
+    "vine_ppo_baseline": "VinePPO",
 }
 ADVANTAGES = {"dr_grpo": "Dr.GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
 SHADES = (0.0, -0.5, 0.35, 0.6, -0.75)  # towards black below 0, towards white above

@@ -35,6 +35,16 @@ class Episode:
         """Tokens that the policy chose."""
         return sum(self.chosen)
 
+    def branch(self, length: int, answer: Answer, chat) -> "Episode":
+        """Another end of an episode of one turn: `answer` follows its first `length` tokens, and
+        both are the new episode's one answer."""
+        kept = slice(len(self.problem.prompt_ids), length)
+        parts = zip(Answer._fields, answer, strict=True)
+        branch = Episode(self.problem)
+        branch.hear(self.problem.prompt_ids)
+        branch.say(Answer(*(getattr(self, name)[kept] + new for name, new in parts)), chat)
+        return branch
+
     def hear(self, tokens: list[int]) -> None:
         """Tokens of the prompt or of the user: nothing that the policy chose."""
         nothing = [0.0] * len(tokens)
