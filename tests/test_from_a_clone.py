@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import tomllib
 
+import yaml
+
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -36,6 +38,16 @@ def test_the_python_of_the_readme_is_that_of_the_project():
         assert "Python 3.11 or newer" in (ROOT / page).read_text()
     pins = (ROOT / "requirements.txt").read_text()
     assert re.search(r"^torch==(.*)$", pins, re.M)[1] in (ROOT / "docs" / "README.md").read_text()
+
+
+def test_the_task_for_lm_evaluation_harness():
+    """Its file is there, and its pattern finds the answer in a solution as the model writes it."""
+    task = yaml.safe_load((ROOT / "assets" / "lm_eval" / "tiny_math.yaml").read_text())
+    lines = (ROOT / task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+    last_number, _ = task["filter_list"][0]["filter"]
+    for row in map(json.loads, lines):
+        found = re.findall(last_number["regex_pattern"], row["answer"])
+        assert found[last_number["group_select"]] == row["answer"].split("#### ")[1]
 
 
 def test_the_notebook(tmp_path, monkeypatch):
