@@ -172,7 +172,7 @@ def test_cards(parse):
     assert command(args, "grpo_baseline.py") == " ".join(
         map(str, ("python grpo_baseline.py", *words))
     )
-    card = ModelCard(model_card(args, "run", [{"update": "3", "charts/episodes": "96"}], 5))
+    card = ModelCard(model_card(args, "run", 3, [{"update": "3", "charts/episodes": "96"}], 5))
     assert card.data.base_model == "a/b" and "It has not been evaluated." in card.text
     for line in (
         "# run",
@@ -183,7 +183,7 @@ def test_cards(parse):
         assert line in card.text
     assert ", peft " in card.text
     rows = [{"update": "0", "eval/average": "0.25"}, {"update": 4, "eval/average": 0.5}]
-    assert "| before | 0 | 0.250 |\n| after | 4 | 0.500 |" in model_card(args, "run", rows, 5)
+    assert "| before | 0 | 0.250 |\n| after | 4 | 0.500 |" in model_card(args, "run", 4, rows, 5)
 
 
 # ---- trackers ----

@@ -48,10 +48,10 @@ TEXT = """---
 """
 
 
-def model_card(args: Any, name: str, rows: list[dict[str, Any]], problems: int) -> str:
-    """README.md of the policy of run `name` after the last of its metrics' rows, with the front
-    matter of the Hugging Face hub; `problems` are held out. A model in a local folder has no id
-    there, so that it is named in the text alone."""
+def model_card(args: Any, name: str, update: int, rows: list[dict[str, Any]], problems: int) -> str:
+    """README.md of the policy of run `name`, whose metrics are `rows` and which has `problems` held
+    out, with the front matter of the Hugging Face hub. A model in a local folder has no id there,
+    so that it is named in the text alone."""
     script = Path(sys.argv[0]).name
     data = ModelCardData(
         base_model=None if os.path.isdir(args.model) else args.model,
@@ -68,7 +68,7 @@ def model_card(args: Any, name: str, rows: list[dict[str, Any]], problems: int) 
         data=data.to_yaml(),
         name=name,
         model=args.model,
-        update=rows[-1]["update"] if rows else "some",
+        update=update,
         script=script,
         command=command(args, script),
         task=f"dialogue, {args.schema}"

@@ -177,7 +177,7 @@ class Run:
             state["optimizer"] = optimizer.state_dict()
             state["scale"] = {self.args.reward_model: env.scale}
             ranks.check_equal(policy, critic)
-            card = model_card(self.args, self.folder.name, self.rows, len(env.held_out))
+            card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
             save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state, card)
         if leaving and not last:
             self.leave(f"after update {update}")
