@@ -8,14 +8,14 @@ DEMO_FLAGS := --beta 0.01 --token-ratio 0.8 --updates 24
 demo: $(VENV)/installed
 	$(PYTHON) vrpo_math.py $(DEMO_FLAGS)
 
-test: $(VENV)/installed
+test: $(VENV)/developing
 	$(PYTHON) -m pytest
 
-check: $(VENV)/installed
+check: $(VENV)/developing
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-format: $(VENV)/installed
+format: $(VENV)/developing
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
@@ -26,11 +26,15 @@ model: $(VENV)/installed
 	$(PYTHON) -m utils.reward_model --device cpu
 
 docs: $(VENV)/installed
-	$(VENV)/bin/pip install --quiet zensical==0.0.73 l2m4m==1.0.4
+	$(VENV)/bin/pip install --quiet -e '.[docs]'
 	$(PYTHON) -m docs.build_lesson
 	$(VENV)/bin/zensical build --clean --strict
 
 $(VENV)/installed: requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed pyproject.toml
+	$(VENV)/bin/pip install --quiet -e '.[dev,track]'
 	touch $@

@@ -9,11 +9,11 @@ a banner; comments go with what follows them. A note covers units, so that no di
 import ast
 import html
 import re
+import tomllib
 from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
 
-import tomllib
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer

@@ -234,7 +234,7 @@ FLAG_DAMAGES = {
     "a fraction": ({"updates": 2.5}, "updates 2.5"),
     "a text as number": ({"model": 7}, "model 7"),
     "a list of texts": ({"dataset": ["a"]}, "dataset ['a']"),
-    "no truth value": ({"track": "yes"}, "track 'yes'"),
+    "no truth value": ({"thinking": "yes"}, "thinking 'yes'"),
     "null for a number": ({"beta": None}, "beta None"),
     "a noise that is no more": ({"noise": "salt"}, "noise 'salt', where one fits of: none, symm"),
     "a choice that is no more": ({"bottleneck_layers": 9}, "bottleneck_layers 9"),
@@ -872,20 +872,3 @@ def test_curves_with_any_flag_and_name(copy, finished, tmp_path):
     panels = {"eval/accuracy": "$x^$", "reward/clean": "y"}
     assert plot.plot_runs([copy, finished], tmp_path / "x.svg", panels).stat().st_size > 5000
     refused(lambda: plot.plot_runs([copy], tmp_path / "x.svg", {"$": "$"}), "none of these metrics")
-
-
-# ---- Weights & Biases ----
-
-
-def test_weights_and_biases_that_does_not_start(run_main, monkeypatch, tmp_path):
-    import wandb
-
-    for error in (wandb.errors.UsageError("No API key configured."), ValueError("1 bad\n  mode")):
-
-        def fail(error=error, **_):
-            raise error
-
-        monkeypatch.setattr(wandb, "init", fail)
-        words = ("--track", " ".join(str(error).split()), "WANDB_MODE=offline")
-        refused(lambda: run_main("grpo_baseline", track=True, run_name="w"), *words)
-        assert tree(tmp_path / "runs") == {}  # the name is still free

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
-from utils.errors import stop
+from utils.errors import say, stop
 from utils.files import read_flags
-from utils.ranks import check_sizes
+from utils.ranks import by_first, check_sizes
 
 ArgsType = TypeVar("ArgsType")
 NOISES = Literal[
@@ -31,6 +31,8 @@ class RunArgs:
     """the run is written to runs/<run-name>; default: script, noise, seed and time"""
     resume: Path | None = None
     """run directory to continue from its newest checkpoint; its flags are the defaults"""
+    config: Path | None = None
+    """args.json of an earlier run, whose flags are the defaults of this new one"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,10 +43,10 @@ class RunArgs:
     """held-out problems, the first of the test split"""
     save_every: int = 10
     """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
-    track: bool = False
-    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
-    wandb_project: str = "vrpo"
-    """project name on Weights & Biases"""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """log to a tracker too: Weights & Biases, or trackio, which keeps everything on this machine"""
+    track_project: str = "vrpo"
+    """the tracker's name for these runs together"""
 
 
 @dataclass
@@ -149,17 +151,29 @@ LIMITS = {
 
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
     """The command line as `cls`. The script's defaults hold; those of another --task where it is
-    given; with --resume the run's saved flags. Flags given now override them."""
+    given; with --resume or --config the saved flags of a run. Flags given now override them."""
     given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    task_flag = make_dataclass("TaskFlag", [("task", str, field(default=cls.task))])
+    task_flag = make_dataclass("TaskFlag", [("task", str, field(default=""))])
     task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
-    if task not in DEFAULTS:  # for the parser to say
-        task = cls.task
-    start = cls() if task == cls.task else cls(**{"task": task, **DEFAULTS[task]})
-    args = parse_groups(cls, start, description)
-    if args.resume is None:
-        return args
-    return dataclasses.replace(parse_groups(cls, saved_args(cls, args.resume)), resume=args.resume)
+    if task not in DEFAULTS:  # none given, or one for the parser to refuse
+        task = ""
+    args = parse_groups(cls, cls(**defaults(cls, task or cls.task)), description)
+    if args.resume and args.config:
+        stop(f"--config {args.config}: is for a new run; --resume has the flags of its own")
+    if args.resume:
+        start = cls(**saved_flags(cls, "--resume", args.resume))
+        return dataclasses.replace(parse_groups(cls, start), resume=args.resume)
+    if args.config:
+        saved = saved_flags(cls, "--config", args.config) | {"run_name": None}
+        if task and task != saved.get("task"):  # what goes with the other task does not stay
+            saved |= defaults(cls, task)
+        return parse_groups(cls, cls(**saved))
+    return args
+
+
+def defaults(cls: type, task: str) -> dict[str, Any]:
+    """What --task changes in a script's defaults: nothing for the script's own task."""
+    return {} if task == cls.task else {"task": task, **DEFAULTS[task]}
 
 
 def parse_groups(
@@ -178,26 +192,29 @@ def parse_groups(
     return cls(**flat)
 
 
-def saved_args(cls: type[ArgsType], run: Path) -> ArgsType:
+def saved_flags(cls: type, flag: str, path: Path) -> dict[str, Any]:
     """The flags in a run's args.json. Stops where this version does not know them as they are: the
-    run could not go on as it began."""
+    run could not go on as it began. With --config the run may be another script's: flags that only
+    that one has are named and left out."""
     try:
-        saved = read_flags(run)
+        saved = read_flags(path)
     except (OSError, ValueError):
-        stop(
-            f"--resume {run}: no readable args.json there (give a run directory such as runs/<name>)"
-        )
-    if saved.pop("script") != Path(sys.argv[0]).stem:
-        stop(f"--resume {run}: that run was made by another script")
+        stop(f"{flag} {path}: no readable args.json there (give a run, such as runs/<name>)")
+    script, own = saved.pop("script"), Path(sys.argv[0]).stem
+    if script != own and flag == "--resume":
+        stop(f"{flag} {path}: that run was made by another script")
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := sorted(saved.keys() - kinds.keys()):
-        stop(f"--resume {run}: args.json has flags that are no more: {', '.join(unknown)}")
+        if script == own:
+            stop(f"{flag} {path}: args.json has flags that are no more: {', '.join(unknown)}")
+        by_first(say)(f"{flag} {path}: left out, as {own} has no such flags: {', '.join(unknown)}")
+        saved = {name: value for name, value in saved.items() if name in kinds}
     for name, value in saved.items():
         if not fits(value, kinds[name]):
             wanted = get_args(kinds[name]) or (kinds[name],)
             wanted = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
-            stop(f"--resume {run}: args.json has {name} {value!r}, where one fits of: {wanted}")
-    return cls(**{k: Path(v) if kinds[k] is Path else v for k, v in saved.items()})
+            stop(f"{flag} {path}: args.json has {name} {value!r}, where one fits of: {wanted}")
+    return {k: Path(v) if kinds[k] is Path else v for k, v in saved.items()}
 
 
 def fits(value: Any, kind: Any) -> bool:

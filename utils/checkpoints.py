@@ -35,11 +35,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 @by_first
 def save_checkpoint(
-    run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2
+    run: Path, update: int, policy, tokenizer, state: dict[str, Any], card: str, keep: int = 2
 ) -> None:
-    """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep
-    the newest `keep`. Of a module in `state` what is trained is kept; with LoRA the policy's
-    adapters are in it too, and merged into the weights of `policy/`."""
+    """Write checkpoints/<update>: `policy/` in Hugging Face format with its model card, `state.pt`
+    and a manifest; keep the newest `keep`. Of a module in `state` what is trained is kept; with
+    LoRA the policy's adapters are in it too, and merged into the weights of `policy/`. Where those
+    are rounded to a source's bfloat16, the weights that are trained are in `state.pt` as well."""
     folder = run / "checkpoints" / f"{update:06d}"
     temporary = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -48,9 +49,12 @@ def save_checkpoint(
         key: trained_state(value) if isinstance(value, nn.Module) else value
         for key, value in state.items()
     }
+    if not adapters and policy.source_dtype != policy.dtype:
+        state["policy"] = policy.state_dict()
     try:
         save_policy(policy, temporary / "policy")
         tokenizer.save_pretrained(temporary / "policy")
+        (temporary / "policy" / "README.md").write_text(card, encoding="utf-8")
         torch.save({**state, "adapters": adapters}, temporary / "state.pt")
         (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,6 +100,9 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
         stop(f"--lora-rank: the run was made with rank {min(next(iter(adapters.values())).shape)}")
     if adapters:
         policy.load_state_dict(adapters, strict=False)
+        return
+    if "policy" in state:
+        policy.load_state_dict(state["policy"])
         return
     saved, told = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True

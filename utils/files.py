@@ -72,9 +72,10 @@ def claim(folder: Path) -> TextIO:
 # ---- reading: OSError or ValueError, a reason in words, where a file is not what it should be ----
 
 
-def read_flags(folder: Path) -> dict[str, Any]:
-    """What args.json says of a run: its flags and its script."""
-    flags = parse((folder / "args.json").read_text(encoding="utf-8"))
+def read_flags(run: Path) -> dict[str, Any]:
+    """What args.json says of a run, given by it or by its folder: its flags and its script."""
+    file = run if run.is_file() else run / "args.json"
+    flags = parse(file.read_text(encoding="utf-8"))
     if not isinstance(flags.get("script"), str):
         raise ValueError("args.json names no script")
     return flags

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -214,6 +215,7 @@ def load_policy(
         check_whole(f"--model {name}", model, tokenizer, found)
         if any("Classification" in kind for kind in model.config.architectures or []):
             stop(f"--model {name}: a classifier, whose head writes no tokens; give a causal LM")
+        model.source_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
         eos_ids = eos_of(model, tokenizer)
         if not eos_ids:
             stop(
@@ -295,13 +297,9 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the policy as plain transformers loads it: with LoRA the adapters are merged into the
-    weights, layer by layer on the CPU, in the precision of the frozen weights. The policy itself
-    stays as it is."""
-    if not has_adapters(policy):
-        policy.save_pretrained(folder)
-        return
-    model = policy.get_base_model()
+    """Write the policy as plain transformers loads it, in the dtype that it came in; with LoRA the
+    adapters are merged into the weights, layer by layer. The policy itself stays as it is."""
+    model = policy.get_base_model() if has_adapters(policy) else policy
     state = {
         name.replace(".base_layer", ""): x
         for name, x in model.state_dict().items()
@@ -313,8 +311,17 @@ def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
             weight = getattr(layer.get_base_layer(), part)
             state[f"{name.replace('.base_layer', '')}.{part}"] = (
                 weight.float() + layer.get_delta_weight("default").float()
-            ).to(weight.dtype)
-    model.save_pretrained(folder, state_dict={name: x.cpu() for name, x in state.items()})
+            ).to("cpu", model.source_dtype)
+    copies = {}  # of each tensor one: transformers knows tied weights by their address
+    for name, x in state.items():
+        if x.data_ptr() not in copies:
+            dtype = model.source_dtype if x.is_floating_point() else x.dtype
+            copies[x.data_ptr()] = x.to("cpu", dtype)
+        state[name] = copies[x.data_ptr()]
+    model.save_pretrained(folder, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = model.source_dtype
+    config.save_pretrained(folder)
 
 
 @torch.no_grad()

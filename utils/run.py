@@ -1,8 +1,9 @@
 """A run's directory and all that is written to it: flags, metrics, samples, checkpoints; also its
-progress bar, W&B, and how it leaves."""
+progress bar, its tracker, and how it leaves."""
 
 import atexit
 import csv
+import importlib
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from utils import ranks
+from utils.card import model_card
 from utils.checkpoints import load_checkpoint, restore, save_checkpoint
 from utils.errors import leave, silence, stop, visible
 from utils.files import claim, make_folder, read_metrics, read_rows, write_atomically, writing
@@ -43,7 +45,7 @@ class Screen(Console):
 
 class Run:
     """`runs/<name>/` with args.json, metrics.csv, samples.jsonl, transcripts.jsonl and checkpoints/;
-    a progress bar; W&B behind --track. With --resume an earlier directory is reopened."""
+    a progress bar; a tracker behind --track. With --resume an earlier directory is reopened."""
 
     def __init__(self, args: Any):
         self.args, script = args, Path(sys.argv[0]).stem
@@ -60,9 +62,9 @@ class Run:
                 f"{self.folder} or choose another name"
             )
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        del flags["resume"]
+        del flags["resume"], flags["config"]
         self.flags = {"script": script, **flags}
-        self.wandb = by_first(start_wandb)(args, self.folder, flags) if args.track else None
+        self.tracker = by_first(start_tracker)(args, self.folder, flags)
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
         self.interrupt: int | None = None
@@ -89,7 +91,7 @@ class Run:
 
     @by_first
     def log(self, update: int, metrics: dict[str, float]) -> None:
-        """Add a row to metrics.csv and to W&B, and move the progress bar. NaN becomes an empty
+        """Add a row to metrics.csv and to the tracker, and move the progress bar. NaN becomes an empty
         cell."""
         metrics = {key: value for key, value in metrics.items() if value == value}
         self.rows.append({"update": update, **metrics})
@@ -104,8 +106,8 @@ class Run:
         self.shown |= metrics
         shown = [form.format(self.shown[key]) for key, form in SHOWN.items() if key in self.shown]
         self.progress.update(self.bar, completed=update, description="  ".join(shown))
-        if self.wandb:
-            self.wandb.log(metrics, step=update)
+        if self.tracker:
+            self.tracker.log(metrics, step=update)
 
     def samples(self, update: int, rows: list[dict[str, Any]]) -> None:
         """Append held-out completions to samples.jsonl."""
@@ -175,7 +177,8 @@ class Run:
             state["optimizer"] = optimizer.state_dict()
             state["scale"] = {self.args.reward_model: env.scale}
             ranks.check_equal(policy, critic)
-            save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state)
+            card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
+            save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state, card)
         if leaving and not last:
             self.leave(f"after update {update}")
 
@@ -201,8 +204,8 @@ class Run:
         self.stop_progress()
         for number, handler in self.handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
         if self.lock:
             self.lock.close()
 
@@ -242,18 +245,23 @@ def check_name(name: str) -> str:
     return name
 
 
-def start_wandb(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
-    import wandb
-
+def start_tracker(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
+    """A run of wandb, or of trackio, whose calls are the same; None for --track none."""
+    if args.track == "none":
+        return None
+    names = {"project": args.track_project, "name": folder.name, "config": flags}
+    own = {"wandb": {"dir": str(folder)}, "trackio": {"resume": "allow", "embed": False}}
+    advice = {
+        "wandb": "WANDB_MODE=offline needs neither account nor network",
+        "trackio": "without TRACKIO_SPACE_ID and TRACKIO_SERVER_URL it needs no network",
+    }
     try:
-        names = {"project": args.wandb_project, "name": folder.name}
-        return wandb.init(**names, config=flags, dir=str(folder))
+        return importlib.import_module(args.track).init(**names, **own[args.track])
+    except ImportError as error:
+        stop(f"--track {args.track}: {error} (pip install {args.track})")
     except Exception as error:  # no key, no network, a bad mode: it has a class for each
         reason = " ".join(str(error).split())[:300]
-        stop(
-            f"--track: Weights & Biases did not start ({reason}); WANDB_MODE=offline needs neither "
-            "account nor network"
-        )
+        stop(f"--track {args.track}: it did not start ({reason}); {advice[args.track]}")
 
 
 def peak_memory_gb(device: torch.device) -> float:

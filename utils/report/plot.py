@@ -32,7 +32,8 @@ PANELS = {
     "sampled/impatient": "sampled dialogues that the user broke off",
 }
 ENDINGS = (".png", ".svg", ".pdf")
-NAMES = ("seed", "run_name", "track", "wandb_project")  # flags that make no other run of it
+# flags that make no other run of it
+NAMES = ("seed", "run_name", "track", "track_project", "wandb_project")
 
 
 def read_run(folder: Path) -> tuple[dict, dict[str, dict[float, float]]]:
