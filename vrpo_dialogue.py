@@ -31,7 +31,7 @@ import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 
-from utils import ranks
+from utils import ranks, tensors
 from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
@@ -231,7 +231,7 @@ def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tenso
     """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
     by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
     attention mask is needed."""
-    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[tensors.cells(mask)]
 
 
 # VRPO: the encoder of a Gaussian code
@@ -352,7 +352,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, tokens = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][tensors.cells(part["mask"])]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
@@ -376,7 +376,7 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
         values, _, _ = critic.values(features, args.value_samples)  # VRPO
         put(scores["values"], rows, values, mask)
         # VRPO: the same pass tells what the LM head thinks of the tokens
-        tokens = part["targets"][mask]
+        tokens = part["targets"][tensors.cells(mask)]
         logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
         put(critic_entropy, rows, entropy, mask)
         put(critic_nll, rows, -logprobs, mask)
@@ -497,7 +497,7 @@ def critic_loss(
     mse = mse / return_variance
     ib_kl = weighted_sum(on_grid(ib_kl, mask), weights)
     sigma = weighted_sum(on_grid(sigma, mask), weights)
-    tokens = part["targets"][mask]
+    tokens = part["targets"][tensors.cells(mask)]
     logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
     logprobs, entropy = on_grid(logprobs, mask), on_grid(entropy, mask)
     ent, ppl = semantic_losses(
@@ -590,7 +590,7 @@ def main(args: Args) -> None:
         averages = metrics.Averages(device)
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
-            for rows in order.to(device).split(args.minibatch_size):
+            for rows in order.split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(minibatch["mask"])
                 # VRPO: the uncertain tokens of each semantic loss
@@ -601,7 +601,7 @@ def main(args: Args) -> None:
                 skip = partial(critic.skip, samples=1)  # VRPO
                 for _, part in micro_batches(minibatch, args.micro_batch_size, skip):
                     part_mask, weights = part["mask"], part["weights"]
-                    tokens = part["targets"][part_mask]
+                    tokens = part["targets"][tensors.cells(part_mask)]
                     with precision:
                         hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(

@@ -21,3 +21,11 @@ def seed_torch(*key: object) -> None:
 def permutation(size: int, *key: object) -> torch.Tensor:
     """A permutation of range(size), int64, that depends on the key alone."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(int(coin(*key) * 2**53)))
+
+
+def generator(device: torch.device) -> torch.Generator:
+    """The generator that draws on a device where none is named."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -18,6 +18,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
+    masking_utils,
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -27,6 +28,10 @@ from utils.ranks import join
 
 disable_progress_bar()
 set_verbosity_error()
+# In every pass transformers asks whether a mask hides nothing, and whether rows are several sequences
+# in one, and waits for the GPU to tell. Here a mask is given where it hides something; rows are one.
+masking_utils.fast_all = lambda mask: False
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 MARK = "an answer that no template contains"
 # Put before a template, CLOCK tells it this date every day, so that no run depends on the day.
 TODAY = datetime(2024, 7, 26)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import stop
+from utils.keyed import generator
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -88,9 +89,8 @@ def adopt_generator(steps: int, device: torch.device) -> None:
     """Go on from where the generator of the process stands that has drawn for the most steps."""
     if RANKS == 1:
         return
-    module = torch.cuda if device.type == "cuda" else torch
-    drawn = gather((steps, module.get_rng_state()))
-    module.set_rng_state(max(drawn, key=lambda pair: pair[0])[1])
+    drawn = gather((steps, generator(device).get_state()))
+    generator(device).set_state(max(drawn, key=lambda pair: pair[0])[1])
 
 
 def check_sizes(args) -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from utils import ranks
 
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
+ON_A_GPU = 32  # times as many, 1 GB: smaller pieces would leave it idle
 Batch = dict[str, Tensor]
 
 
@@ -32,11 +33,21 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> Batch:
     }
 
 
-def take(batch: Batch, rows: Tensor) -> Batch:
-    """Some rows of a batch, without the columns that are padding in all of them."""
-    used = batch["mask"][rows].any(0).nonzero()
+def take(batch: Batch, rows: Tensor, mask: Tensor | None = None) -> Batch:
+    """Some rows of a batch, without the columns that are padding in all of them. `rows` and the
+    batch's `mask` are on the CPU, so that no size is waited for until a GPU knows it."""
+    mask = (batch["mask"].cpu() if mask is None else mask)[rows]
+    used = mask.any(0).nonzero()
     width = int(used.max()) + 1 if len(used) else 1
-    return {key: value[rows, :width] for key, value in batch.items()}
+    rows = send(rows, batch["mask"].device)
+    part = {key: value[rows, :width] for key, value in batch.items()}
+    part["mask"].cells = [send(x, rows.device) for x in mask[:, :width].nonzero(as_tuple=True)]
+    return part
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, without waiting until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def micro_batches(
@@ -45,17 +56,27 @@ def micro_batches(
     """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
     stand together, so that little is padding. Several processes have every so-manieth part each;
     `skip` is told the others (to draw what they draw)."""
-    last_column = batch["mask"].cumsum(1).argmax(1)
+    mask = batch["mask"].cpu()
+    last_column = mask.cumsum(1).argmax(1)
     for i, rows in enumerate(last_column.argsort(stable=True).split(size)):
         if i % ranks.RANKS == ranks.RANK:
-            yield rows, take(batch, rows)
+            yield send(rows, batch["mask"].device), take(batch, rows, mask)
         elif skip:
-            skip(take(batch, rows))
+            skip(take(batch, rows, mask))
+
+
+def cells(mask: Tensor) -> list[Tensor]:
+    """Rows and columns (N,) where a mask (B, T) is true: x[cells(mask)] is x[mask], for which a GPU
+    would be waited for each time. Of a part of a batch the CPU has known them; of others they are
+    found once."""
+    if not hasattr(mask, "cells"):
+        mask.cells = list(mask.nonzero(as_tuple=True))
+    return mask.cells
 
 
 def on_grid(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of x[mask]: values (N, ...) on the grid (B, T, ...), zero where the mask is."""
-    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put((mask,), values)
+    return values.new_zeros((*mask.shape, *values.shape[1:])).index_put(cells(mask), values)
 
 
 def put(grid: Tensor, rows: Tensor, values: Tensor, mask: Tensor) -> None:
@@ -69,19 +90,25 @@ def turn_ends(mask: Tensor) -> Tensor:
     return mask & ~following
 
 
+def rows_at_once(head: nn.Module, device: torch.device) -> int:
+    """How many states may have their logits in memory at the same time."""
+    most = LOGITS_AT_ONCE * (ON_A_GPU if device.type == "cuda" else 1)
+    return max(1, most // head.out_features)
+
+
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """log pi(target) and the entropy of pi, (N,) each, from hidden states (N, D). Logits are the
-    largest tensors there are, so at most LOGITS_AT_ONCE of them exist at a time: each chunk's are
-    computed again in the backward pass."""
+    largest tensors there are, so only some of them exist at a time: each chunk's are computed again
+    in the backward pass."""
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (n, V)
         chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    rows = rows_at_once(head, hidden.device)
     if len(targets) <= rows:
         return chunk(hidden, targets)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
