@@ -30,7 +30,7 @@ from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import load_policy, pick_device, trainable, twin
+from utils.models import frozen, load_policy, pick_device, save_memory, trainable
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
@@ -297,7 +297,7 @@ def main(args: Args) -> None:
     check_flags(args)
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate plus --assumed-false-positive-rate must be below 1")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32, args.deterministic)
     dtype = getattr(torch, args.dtype)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -306,9 +306,10 @@ def main(args: Args) -> None:
     policy, chat = load_policy(
         args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
     )
-    reference = twin(policy).requires_grad_(False)
+    reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     critic = None  # GRPO
+    save_memory(args, policy)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

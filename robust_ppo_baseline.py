@@ -32,7 +32,7 @@ from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import load_policy, pick_device, trainable, twin
+from utils.models import frozen, load_policy, pick_device, save_memory, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
@@ -408,7 +408,7 @@ def critic_loss(
 
 def main(args: Args) -> None:
     check_flags(args)
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32, args.deterministic)
     dtype = getattr(torch, args.dtype)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -417,10 +417,11 @@ def main(args: Args) -> None:
     policy, chat = load_policy(
         args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
     )
-    reference = twin(policy).requires_grad_(False)
+    reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
+    save_memory(args, policy, critic.backbone)
     optimizer = make_optimizer(policy, critic, args)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

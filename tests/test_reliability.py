@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -889,3 +890,17 @@ def test_weights_and_biases_that_does_not_start(run_main, monkeypatch, tmp_path)
         words = ("--track", " ".join(str(error).split()), "WANDB_MODE=offline")
         refused(lambda: run_main("grpo_baseline", track=True, run_name="w"), *words)
         assert tree(tmp_path / "runs") == {}  # the name is still free
+
+
+# ---- other systems ----
+
+
+def test_a_run_without_the_modules_that_windows_lacks(command, shell, tmp_path):
+    """No lock and no peak memory, and all the rest."""
+    words = command("grpo_baseline", run_name="elsewhere", updates=1)
+    without = "import runpy, sys; sys.modules |= {'fcntl': None, 'resource': None}; "
+    without += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = shell([words[0], "-c", without, *words[1:]])
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path / "runs" / "elsewhere" / "metrics.csv")
+    assert "charts/peak_memory_gb" not in frame and frame["eval/accuracy"].notna().all()

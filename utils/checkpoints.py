@@ -29,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
                 digest = hashlib.sha256()
                 while block := file.read(1 << 20):
                     digest.update(block)
-            result[str(path.relative_to(folder))] = digest.hexdigest()
+            result[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return result
 
 
@@ -145,11 +145,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    run: Path | None, device: torch.device, say: Callable[[str], None]
+    run: Path | None, say: Callable[[str], None]
 ) -> tuple[int, Path | None, dict[str, Any] | None]:
-    """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so
-    where it passes over a damaged one. (0, None, None), the beginning, for a fresh run (None) or
-    one that was stopped before its first checkpoint."""
+    """The newest undamaged checkpoint: its update, the folder of its policy, its state, on the CPU: a
+    GPU may have no room for it twice. Says so where it passes over a damaged one. (0, None, None),
+    the beginning, for a fresh run (None) or one that was stopped before its first checkpoint."""
     if run is None:
         return 0, None, None
     folders = complete_checkpoints(run)
@@ -157,7 +157,7 @@ def load_checkpoint(
         try:
             if digests(folder) != json.loads((folder / "manifest.json").read_text()):
                 raise ValueError("its files do not match their digests")
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError("its state is no dictionary")
             return int(folder.name), folder / "policy", state

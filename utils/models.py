@@ -6,12 +6,14 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from utils.errors import stop
@@ -288,6 +291,36 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, frozen)
 
 
+def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A twin that is not trained. Its linear layers are in `dtype`: of what is not trained autocast
+    keeps no casts, and would make them in every pass, of a head for every chunk of logits."""
+    copied = twin(module).requires_grad_(False)
+    for part in copied.modules():
+        for name, own in part.named_parameters(recurse=False):
+            if type(part) is nn.Linear and own.dtype != dtype:  # an embedding stays as it is
+                setattr(part, name, nn.Parameter(own.to(dtype), requires_grad=False))
+    return copied
+
+
+def save_memory(args, *models: nn.Module | None) -> None:
+    """--gradient-checkpointing of models that are trained: of each layer only the input is kept,
+    and the backward pass computes the rest again. transformers' own does so in training mode alone,
+    in which there would be dropout."""
+    for model in filter(None, models) if args.gradient_checkpointing else ():
+        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        if not layers:
+            stop(f"--gradient-checkpointing: {type(model).__name__} has no layers that know it")
+        for layer in layers:
+            layer.forward = partial(recomputed, layer.forward)
+
+
+def recomputed(forward: Callable, *args, **kwargs):
+    """What a layer gives, its activations thrown away."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+
+
 def has_adapters(policy: nn.Module) -> bool:
     """Whether it was loaded with LoRA: then it is peft's wrapper of a transformers model, else that
     model itself."""
@@ -365,7 +398,7 @@ def first_line(error: Exception) -> str:
     return words or type(error).__name__
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, tf32: bool = True, deterministic: bool = False) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU, where freed memory is kept for reuse."""
     if name == "auto":
         name = (
@@ -375,12 +408,17 @@ def pick_device(name: str) -> torch.device:
             if torch.backends.mps.is_available()
             else "cpu"
         )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         stop(f"--device {name}: not available here ({first_line(error)})")
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda" and tf32:
+        torch.set_float32_matmul_precision("high")
     return join(device)
 
 

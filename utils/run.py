@@ -5,7 +5,6 @@ import atexit
 import csv
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -23,6 +22,11 @@ from utils.errors import leave, silence, stop, visible
 from utils.files import claim, make_folder, read_metrics, read_rows, write_atomically, writing
 from utils.models import first_line
 from utils.ranks import by_first, from_first
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -125,7 +129,7 @@ class Run:
     def restore(self, policy, critic, optimizer: torch.optim.Optimizer, env) -> int:
         """With --resume, weights, optimizer and reward scale of the newest checkpoint. Returns its
         update, 0 for a fresh run. `critic` is None where there is none."""
-        start, folder, state = load_checkpoint(self.args.resume, policy.device, self.print)
+        start, folder, state = load_checkpoint(self.args.resume, self.print)
         if start > self.args.updates:
             stop(f"--updates {self.args.updates}: {self.folder} is at update {start} already")
         if start:
@@ -167,9 +171,7 @@ class Run:
         """Save every --save-every updates, at the end, and where a signal asks to leave: then
         leave."""
         last = update == self.args.updates
-        # a signal that any of the processes has had
-        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
-        leaving = self.interrupt is not None
+        leaving = self.asked_to_leave()
         if update % self.args.save_every == 0 or last or leaving:
             state = {"critic": critic} if critic is not None else {}
             state["optimizer"] = optimizer.state_dict()
@@ -180,6 +182,11 @@ class Run:
             self.leave(f"after update {update}")
 
     # ---- leaving ----
+
+    def asked_to_leave(self) -> bool:
+        """Whether any of the processes has had a signal; all of them ask."""
+        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
+        return self.interrupt is not None
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
@@ -192,9 +199,11 @@ class Run:
         )
 
     def leave(self, when: str) -> NoReturn:
-        """Leave with a clear line, as a signal has asked, `when` everything is saved."""
+        """Leave with a clear line, as a signal has asked, `when` everything is saved; all processes
+        together, as torchrun ends the others with the first that leaves."""
         self.close()
         self.print(f"stopped {when}, saved; continue with --resume {self.folder}")
+        ranks.gather(None)
         sys.exit(128 + self.interrupt)
 
     def close(self) -> None:
@@ -208,13 +217,12 @@ class Run:
 
     # ---- the terminal ----
 
-    @by_first
     def doing(self, what: str) -> None:
         """Show beside the progress bar what is going on, whatever went before being saved: where a
         signal asks to leave, leave."""
-        if self.interrupt is not None:
+        if self.asked_to_leave():
             self.leave("before the first update")
-        self.progress.update(self.bar, description=what)
+        by_first(self.progress.update)(self.bar, description=what)
 
     @by_first
     def print(self, message: Any = "", **options) -> None:
@@ -257,8 +265,11 @@ def start_wandb(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the CUDA allocator on a GPU, else of the whole process."""
+    """Peak memory so far: of the CUDA allocator on a GPU, else of the whole process; NaN where the
+    system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
