@@ -309,7 +309,7 @@ def main(args: Args) -> None:
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     critic = None  # GRPO
-    save_memory(args, policy)
+    save_memory(args, policy, reference, None)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

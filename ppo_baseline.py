@@ -372,7 +372,7 @@ def main(args: Args) -> None:
     env = Environment(args, chat, device)
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
-    save_memory(args, policy, critic.backbone)
+    save_memory(args, policy, reference, critic.backbone)
     optimizer = make_optimizer(policy, critic, args)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

@@ -27,9 +27,9 @@ UNEVEN = {"samples_per_prompt": 3, "minibatch_size": 5, "micro_batch_size": 2, "
 def torchrun(command, tmp_path):
     """torchrun(name, **flags): a script in two processes, started in a temporary folder."""
 
-    def start(name: str, **flags) -> subprocess.Popen:
+    def start(name: str, *more: str, **flags) -> subprocess.Popen:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words = [*launch, "--nproc-per-node=2", *command(name, **flags)[1:]]
+        words = [*launch, "--nproc-per-node=2", *command(name, **flags)[1:], *more]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -90,11 +90,13 @@ def same_numbers(one, many) -> None:
             assert right[key].tolist() == wanted, key
 
 
-def test_two_processes_give_the_run_of_one_and_one_goes_on(torchrun, run_main, tmp_path):
-    """Uneven minibatches, a bottleneck's draws, a checkpoint of two continued by one."""
-    flags = UNEVEN | {"noise_rate": 0.4, "max_new_tokens": 12}
+@pytest.mark.parametrize("more", [[], ["--shard", "--gradient-checkpointing"]])
+def test_two_processes_give_the_run_of_one_and_one_goes_on(torchrun, run_main, tmp_path, more):
+    """Uneven minibatches, a bottleneck's draws, a checkpoint of two continued by one; and the same
+    with a part of the weights in each process."""
+    flags = UNEVEN | {"noise_rate": 0.4, "max_new_tokens": 12, "critic_warmup": 1}
     whole = run_main("vrpo_math", run_name="whole", updates=3, **flags)
-    two = torchrun("vrpo_math", run_name="two", updates=2, **flags)
+    two = torchrun("vrpo_math", *more, run_name="two", updates=2, **flags)
     output, said = two.communicate(timeout=180)
     assert two.returncode == 0, said
     assert output.count("training, 8 test problems") == 1  # one process speaks
@@ -142,6 +144,11 @@ def test_a_refusal_is_one_sentence(torchrun):
     _, said = both.communicate(timeout=120)
     assert both.returncode and said.count("error: --samples-per-prompt 1: --advantage") == 1
     assert "stopped by" not in said
+
+
+def test_shard_where_it_has_no_use(run_main):
+    with pytest.raises(SystemExit, match="--shard: for several processes"):
+        run_main("grpo_baseline", shard=True)
 
 
 def test_what_one_process_meets_alone_it_says(monkeypatch):

@@ -41,6 +41,8 @@ class RunArgs:
     """on a GPU: the same run twice is the same to the last bit; slower"""
     gradient_checkpointing: bool = False
     """layers are computed again in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """several processes hold a part of every weight each, instead of all (docs/scaling.md)"""
     eval_every: int = 10
     """updates between greedy evaluations on clean held-out problems (also at start and end)"""
     eval_size: int = 512

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.errors import stop
 from utils.models import first_line, has_adapters, save_policy
-from utils.ranks import by_first
+from utils.ranks import by_first, like, whole
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -33,23 +34,35 @@ def digests(folder: Path) -> dict[str, str]:
     return result
 
 
-@by_first
 def save_checkpoint(
     run: Path, update: int, policy, tokenizer, state: dict[str, Any], keep: int = 2
 ) -> None:
     """Write checkpoints/<update>: `policy/` in Hugging Face format, `state.pt` and a manifest; keep
     the newest `keep`. Of a module in `state` what is trained is kept; with LoRA the policy's
-    adapters are in it too, and merged into the weights of `policy/`."""
-    folder = run / "checkpoints" / f"{update:06d}"
-    temporary = folder.with_name(f"tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    adapters = {name: x for name, x in policy.state_dict().items() if "lora_" in name}
+    adapters are in it too, and merged into the weights of `policy/`. What is sharded is gathered."""
     state = {
         key: trained_state(value) if isinstance(value, nn.Module) else value
         for key, value in state.items()
     }
+    weights = {held_elsewhere(key): x for key, x in policy.state_dict().items()}
+    write_checkpoint(run, update, policy, whole(weights), tokenizer, whole(state), keep)
+
+
+def held_elsewhere(name: str) -> str:
+    """The name in the files of a weight of `ranks.Head`, which is the decoder's."""
+    return re.sub(r"^.*\.lm_head\.", "lm_head.", name)
+
+
+@by_first
+def write_checkpoint(
+    run: Path, update: int, policy, weights: dict, tokenizer, state: dict[str, Any], keep: int
+) -> None:
+    folder = run / "checkpoints" / f"{update:06d}"
+    temporary = folder.with_name(f"tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    adapters = {name: x for name, x in weights.items() if "lora_" in name}
     try:
-        save_policy(policy, temporary / "policy")
+        save_policy(policy, temporary / "policy", weights)
         tokenizer.save_pretrained(temporary / "policy")
         torch.save({**state, "adapters": adapters}, temporary / "state.pt")
         (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
@@ -102,7 +115,9 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     )
     if lacks := sorted(told["missing_keys"]):
         raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
-    policy.load_state_dict(saved.state_dict())
+    saved = saved.state_dict()
+    own = {name: like(saved[held_elsewhere(name)], x) for name, x in mine.items()}
+    policy.load_state_dict(own)
 
 
 def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
@@ -114,12 +129,16 @@ def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
         stop(
             "--resume: the run's critic has other parts or sizes; leave the critic's flags as they were"
         )
-    critic.load_state_dict(state["critic"], strict=False)
+    own = dict(critic.named_parameters())
+    critic.load_state_dict({k: like(x, own[k]) for k, x in state["critic"].items()}, strict=False)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
     before = [dict(group) for group in optimizer.param_groups]
+    own = [parameter for group in before for parameter in group["params"]]
+    for i, moments in saved["state"].items():
+        moments |= {key: like(x, own[i]) for key, x in moments.items() if x.dim()}
     optimizer.load_state_dict(saved)
     for mine, group in zip(before, optimizer.param_groups, strict=True):
         own = mine.keys() - {"params", "lr"}

@@ -135,9 +135,10 @@ def generate(
     """The policy's answer to every prompt, of at most max_new_tokens; `at_once` prompts in a batch
     (default: all)."""
     answers = []
-    for start in range(0, len(prompts), at_once or len(prompts) or 1):
-        some = prompts[start : start + at_once] if at_once else prompts
-        answers += generate_batch(policy, chat, some, max_new_tokens, temperature)
+    with ranks.gathered(policy), casts_kept(policy):
+        for start in range(0, len(prompts), at_once or len(prompts) or 1):
+            some = prompts[start : start + at_once] if at_once else prompts
+            answers += generate_batch(policy, chat, some, max_new_tokens, temperature)
     return answers
 
 
@@ -150,8 +151,7 @@ def generate_batch(
         rows = torch.tensor(mine, device=policy.device)
         some = [prompts[i] for i in mine]
         limits = (max_new_tokens, temperature)
-        with casts_kept(policy):
-            answers, steps = decode(policy, chat, some, rows, len(prompts), *limits)
+        answers, steps = decode(policy, chat, some, rows, len(prompts), *limits)
     ranks.adopt_generator(steps, policy.device)
     return [answer for part in ranks.gather(answers) for answer in part]
 

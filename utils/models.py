@@ -25,9 +25,10 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from utils import ranks
 from utils.errors import stop
 from utils.generation import generate
-from utils.ranks import join
+from utils.ranks import join, shard
 
 disable_progress_bar()
 set_verbosity_error()
@@ -246,7 +247,9 @@ def load_policy(
     for part in model.modules():  # learned positions end, rotary ones only grow unfamiliar
         if type(part) is nn.Embedding and part.num_embeddings == context:
             part.register_forward_pre_hook(refuse_further_positions)
-    return model.to(device).eval(), Chat(tokenizer, eos_ids, system, thinking, context)
+    if not ranks.SHARDED:  # what is to be divided goes to the GPU in parts (`save_memory`)
+        model.to(device)
+    return model.eval(), Chat(tokenizer, eos_ids, system, thinking, context)
 
 
 def refuse_further_positions(positions: nn.Embedding, inputs: tuple[torch.Tensor]) -> None:
@@ -302,16 +305,26 @@ def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied
 
 
-def save_memory(args, *models: nn.Module | None) -> None:
-    """--gradient-checkpointing of models that are trained: of each layer only the input is kept,
-    and the backward pass computes the rest again. transformers' own does so in training mode alone,
-    in which there would be dropout."""
-    for model in filter(None, models) if args.gradient_checkpointing else ():
-        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-        if not layers:
-            stop(f"--gradient-checkpointing: {type(model).__name__} has no layers that know it")
-        for layer in layers:
+def save_memory(args, policy, reference, backbone: nn.Module | None) -> None:
+    """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes
+    the rest again. transformers' own does so in training mode alone, in which there would be
+    dropout. And --shard. `backbone` is a critic's own, if it has one."""
+    models = [model for model in (policy, reference, backbone) if model is not None]
+    if args.gradient_checkpointing:
+        for layer in [layer for model in models for layer in layers(model)]:
             layer.forward = partial(recomputed, layer.forward)
+    if args.shard:
+        shard(getattr(torch, args.dtype), layers, *models)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """What transformers knows as the layers of a model."""
+    found = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not found:
+        stop(
+            f"--gradient-checkpointing, --shard: the layers of {type(model).__name__} are not known"
+        )
+    return found
 
 
 def recomputed(forward: Callable, *args, **kwargs):
@@ -332,12 +345,12 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
+def save_policy(policy: nn.Module, folder: str | os.PathLike, weights: dict | None = None) -> None:
     """Write the policy as plain transformers loads it: with LoRA the adapters are merged into the
     weights, layer by layer on the CPU, in the precision of the frozen weights. The policy itself
-    stays as it is."""
+    stays as it is. `weights`, where they are not to be asked of the policy."""
     if not has_adapters(policy):
-        policy.save_pretrained(folder)
+        policy.save_pretrained(folder, state_dict=weights)
         return
     model = policy.get_base_model()
     state = {

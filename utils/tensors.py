@@ -55,14 +55,22 @@ def micro_batches(
 ) -> Iterator[tuple[Tensor, Batch]]:
     """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
     stand together, so that little is padding. Several processes have every so-manieth part each;
-    `skip` is told the others (to draw what they draw)."""
+    `skip` is told the others (to draw what they draw). With --shard all have as many, as they
+    gather weights together: some have a part without tokens in the end."""
     mask = batch["mask"].cpu()
     last_column = mask.cumsum(1).argmax(1)
-    for i, rows in enumerate(last_column.argsort(stable=True).split(size)):
+    parts = last_column.argsort(stable=True).split(size)
+    for i, rows in enumerate(parts):
         if i % ranks.RANKS == ranks.RANK:
             yield send(rows, batch["mask"].device), take(batch, rows, mask)
         elif skip:
             skip(take(batch, rows, mask))
+    if ranks.SHARDED and 0 < len(parts) % ranks.RANKS <= ranks.RANK:
+        rows = parts[-1][:1]  # another process's
+        part = take(batch, rows, torch.zeros_like(mask))
+        empty = {key: torch.zeros_like(x) for key, x in part.items()}
+        empty["mask"].cells = part["mask"].cells
+        yield send(rows, batch["mask"].device), empty
 
 
 def cells(mask: Tensor) -> list[Tensor]:
