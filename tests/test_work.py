@@ -178,7 +178,8 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_micro_batch_and_few_tokens_wait_for_a_gpu(name, run_main, monkeypatch):
     """Twice as many micro-batches wait no more often; `take` looks at masks on the CPU."""
-    monkeypatch.setattr(generation, "EOS_EVERY", {})  # as on a GPU
+    every = generation.EOS_EVERY["cuda"]
+    monkeypatch.setattr(generation, "EOS_EVERY", {"cpu": every})
     flags = {"model": MODEL, "updates": 1, "eval_every": 10, "max_new_tokens": 32, "kl_coef": 0.1}
     found = []
     for size in (2, 1):
@@ -188,7 +189,7 @@ def test_no_micro_batch_and_few_tokens_wait_for_a_gpu(name, run_main, monkeypatc
         found.append(calls.waits)
     assert found[0] == found[1]
     rollouts = 3  # before, in and after the update
-    assert 0 < found[0]["decode"] <= rollouts * (32 / generation.ON_A_GPU + 3)
+    assert 0 < found[0]["decode"] <= rollouts * (32 / every + 3)
     assert found[0].total() < 60 + found[0]["decode"]
 
 
@@ -235,7 +236,8 @@ def test_gradient_checkpointing_computes_twice_and_keeps_less(tiny_model, monkey
     monkeypatch.setattr(LlamaDecoderLayer, "forward", noticed)
     policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
     plain, found = twin(policy), []
-    save_memory(SimpleNamespace(gradient_checkpointing=True), policy, None)
+    flags = SimpleNamespace(gradient_checkpointing=True, shard=False)
+    save_memory(flags, policy, twin(policy), None)
     other = twin(policy)
     with torch.no_grad():
         for parameter in policy.parameters():

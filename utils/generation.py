@@ -19,8 +19,7 @@ from utils.keyed import generator
 from utils.tensors import rows_at_once
 
 ROOM = 32  # tokens by which a cache grows at a time
-EOS_EVERY = {"cpu": 1}  # steps between two looks at who has ended, for which a GPU has to be waited
-ON_A_GPU = 8
+EOS_EVERY = {"cuda": 8}  # steps between two looks at who has ended, which wait for the GPU; else 1
 COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
 
 
@@ -220,7 +219,7 @@ def decode(
     answers = torch.full((len(prompts), max_new_tokens), chat.eos_ids[0], device=device)
     logprobs, entropy = torch.zeros(2, *answers.shape, device=device)
     going, eos = torch.ones_like(rows, dtype=torch.bool), torch.tensor(chat.eos_ids, device=device)
-    every, states = EOS_EVERY.get(device.type, ON_A_GPU), []
+    every, states = EOS_EVERY.get(device.type, 1), []
     for step in range(1, max_new_tokens + 1):
         new, logprob, uncertainty = choose(policy.lm_head, hidden, places[rows], batch, temperature)
         at = (rows, step - 1)

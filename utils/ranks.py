@@ -137,14 +137,14 @@ class Head(nn.Module):
     def __init__(self, linear: nn.Linear, decoder: nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        if linear.weight is decoder.get_input_embeddings().weight:
-            self.own = lambda: decoder.get_input_embeddings()
-        else:
+        embedding = decoder.get_input_embeddings()
+        is_tied = linear.weight is embedding.weight and linear.bias is None
+        if not is_tied:
             decoder.lm_head = linear
-            self.own = lambda: decoder.lm_head
+        self.own = (embedding if is_tied else linear,)  # no module of this one
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.own().weight, getattr(self.own(), "bias", None))
+        return nn.functional.linear(hidden, self.own[0].weight, getattr(self.own[0], "bias", None))
 
 
 def shard(dtype: torch.dtype, layers: Callable[[nn.Module], list], *models: nn.Module) -> None:
