@@ -895,12 +895,23 @@ def test_weights_and_biases_that_does_not_start(run_main, monkeypatch, tmp_path)
 # ---- other systems ----
 
 
+ELSEWHERE = """
+import builtins, runpy, sys
+find = builtins.__import__
+def lacking(name, scope=None, *rest):
+    if name in ("fcntl", "resource") and (scope or {}).get("__name__", "").startswith("utils"):
+        raise ImportError(name)
+    return find(name, scope, *rest)
+builtins.__import__ = lacking
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_run_without_the_modules_that_windows_lacks(command, shell, tmp_path):
     """No lock and no peak memory, and all the rest."""
     words = command("grpo_baseline", run_name="elsewhere", updates=1)
-    without = "import runpy, sys; sys.modules |= {'fcntl': None, 'resource': None}; "
-    without += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = shell([words[0], "-c", without, *words[1:]])
+    done = shell([words[0], "-c", ELSEWHERE, *words[1:]])
     assert done.returncode == 0, done.stderr
     frame = pd.read_csv(tmp_path / "runs" / "elsewhere" / "metrics.csv")
     assert "charts/peak_memory_gb" not in frame and frame["eval/accuracy"].notna().all()

@@ -41,7 +41,8 @@ def take(batch: Batch, rows: Tensor, mask: Tensor | None = None) -> Batch:
     width = int(used.max()) + 1 if len(used) else 1
     rows = send(rows, batch["mask"].device)
     part = {key: value[rows, :width] for key, value in batch.items()}
-    part["mask"].cells = [send(x, rows.device) for x in mask[:, :width].nonzero(as_tuple=True)]
+    found = mask[:, :width].nonzero(as_tuple=True)
+    part["mask"].cells = tuple(send(x, rows.device) for x in found)
     return part
 
 
@@ -73,12 +74,12 @@ def micro_batches(
         yield send(rows, batch["mask"].device), empty
 
 
-def cells(mask: Tensor) -> list[Tensor]:
+def cells(mask: Tensor) -> tuple[Tensor, ...]:
     """Rows and columns (N,) where a mask (B, T) is true: x[cells(mask)] is x[mask], for which a GPU
     would be waited for each time. Of a part of a batch the CPU has known them; of others they are
     found once."""
     if not hasattr(mask, "cells"):
-        mask.cells = list(mask.nonzero(as_tuple=True))
+        mask.cells = mask.nonzero(as_tuple=True)
     return mask.cells
 
 
