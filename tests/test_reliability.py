@@ -898,10 +898,10 @@ def test_weights_and_biases_that_does_not_start(run_main, monkeypatch, tmp_path)
 ELSEWHERE = """
 import builtins, runpy, sys
 find = builtins.__import__
-def lacking(name, scope=None, *rest):
-    if name in ("fcntl", "resource") and (scope or {}).get("__name__", "").startswith("utils"):
+def lacking(name, globals=None, *rest, **more):
+    if name in ("fcntl", "resource") and str((globals or {}).get("__name__")).startswith("utils"):
         raise ImportError(name)
-    return find(name, scope, *rest)
+    return find(name, globals, *rest, **more)
 builtins.__import__ = lacking
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
