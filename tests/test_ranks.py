@@ -19,6 +19,7 @@ from tests.test_tensors import ROWS, TWO_TURNS, pack
 from utils import errors, ranks, tensors
 from utils.files import read_rows
 from utils.models import load_policy
+from utils.run import Run
 
 UNEVEN = {"samples_per_prompt": 3, "minibatch_size": 5, "micro_batch_size": 2, "eval_size": 7}
 
@@ -137,6 +138,18 @@ def test_a_signal_to_one_worker_stops_all(torchrun, tmp_path, noise, file):
     else:
         keys = [row["key"] for row in read_rows(folder / "pseudo_labels.jsonl")]
         assert len(keys) == len(set(keys)) > 0
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    run, left = Run.__new__(Run), []
+    run.interrupt, run.asked, run.print = None, float("-inf"), lambda line: None
+    monkeypatch.setattr("utils.run.leave", left.append)
+    monkeypatch.setattr(ranks, "RANKS", 2)
+    run.request_stop(signal.SIGTERM, None), run.request_stop(signal.SIGTERM, None)
+    assert run.interrupt == signal.SIGTERM and not left
+    run.asked -= 5  # some seconds later
+    run.request_stop(signal.SIGTERM, None)
+    assert left == [signal.SIGTERM]
 
 
 def test_a_refusal_is_one_sentence(torchrun):

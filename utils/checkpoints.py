@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from utils import ranks
 from utils.errors import stop
 from utils.models import first_line, has_adapters, save_policy
 from utils.ranks import by_first, like, whole
@@ -137,7 +138,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
     before = [dict(group) for group in optimizer.param_groups]
     own = [parameter for group in before for parameter in group["params"]]
-    for i, moments in saved["state"].items():
+    for i, moments in saved["state"].items() if ranks.SHARDED else ():
         moments |= {key: like(x, own[i]) for key, x in moments.items() if x.dim()}
     optimizer.load_state_dict(saved)
     for mine, group in zip(before, optimizer.param_groups, strict=True):

@@ -4,6 +4,7 @@ progress bar, W&B, and how it leaves."""
 import atexit
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
         self.interrupt: int | None = None
+        self.asked = -math.inf  # when
         self.handlers = {
             number: signal.signal(number, self.request_stop)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -190,9 +192,12 @@ class Run:
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
+        now = time.monotonic()
+        if ranks.RANKS > 1 and now - self.asked < 5:
+            return  # torchrun passes on what a scheduler has sent to its processes as well
         if self.interrupt is not None:
             leave(number)
-        self.interrupt = number
+        self.interrupt, self.asked = number, now
         self.print(
             f"{signal.Signals(number).name}: this update will finish and be saved "
             "(once more to leave at once)"
