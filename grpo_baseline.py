@@ -25,12 +25,12 @@ import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 
-from utils import ranks
+from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import load_policy, pick_device, trainable, twin
+from utils.models import frozen, load_policy, pick_device, save_memory, trainable
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
@@ -176,7 +176,7 @@ def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tenso
     """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
     by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
     attention mask is needed."""
-    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[tensors.cells(mask)]
 
 
 # GRPO: no critic
@@ -222,7 +222,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, tokens = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][tensors.cells(part["mask"])]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
@@ -297,7 +297,7 @@ def main(args: Args) -> None:
     check_flags(args)
     if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
         stop("--assumed-false-negative-rate plus --assumed-false-positive-rate must be below 1")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32, args.deterministic)
     dtype = getattr(torch, args.dtype)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -306,9 +306,10 @@ def main(args: Args) -> None:
     policy, chat = load_policy(
         args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
     )
-    reference = twin(policy).requires_grad_(False)
+    reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     critic = None  # GRPO
+    save_memory(args, policy, reference, None)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")
@@ -369,7 +370,7 @@ def main(args: Args) -> None:
         max_tokens = args.max_turns * args.max_new_tokens  # GRPO
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
-            for rows in order.to(device).split(args.minibatch_size):
+            for rows in order.split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(  # GRPO
                     minibatch["mask"], args.loss_norm, max_tokens
@@ -378,7 +379,7 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
                     part_mask, weights = part["mask"], part["weights"]
-                    tokens = part["targets"][part_mask]
+                    tokens = part["targets"][tensors.cells(part_mask)]
                     with precision:
                         hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(

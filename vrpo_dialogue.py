@@ -30,12 +30,12 @@ import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 
-from utils import ranks
+from utils import ranks, tensors
 from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.errors import stop
 from utils.generation import generate
-from utils.keyed import coin, permutation, row_normal, row_seeds, seed_torch
-from utils.models import load_policy, pick_device, trainable, twin
+from utils.keyed import coin, permutation, row_seeds, seed_torch
+from utils.models import frozen, load_policy, pick_device, save_memory, trainable, twin
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
@@ -230,7 +230,7 @@ def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tenso
     """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
     by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
     attention mask is needed."""
-    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[tensors.cells(mask)]
 
 
 # VRPO: the encoder of a Gaussian code
@@ -268,7 +268,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         # VRPO: the LM head that reads the critic's hidden states, and the price of its code
-        self.lm_head = twin(policy.lm_head).requires_grad_(False)
+        self.lm_head = frozen(policy.lm_head, getattr(torch, args.dtype))
         if args.lm_head == "learned":
             self.lm_head = copy.deepcopy(policy.lm_head).float().requires_grad_(True)
         self.beta = args.beta  # rises during --beta-warmup
@@ -286,7 +286,9 @@ class Critic(nn.Module):
                 log_sigma = log_sigma.clamp(-5, 2)  # neither certain nor without bounds
                 kl = kl + gaussian_kl(mu, log_sigma).mean(0)
                 sigma = log_sigma.exp().mean((0, 2))
-                noise = row_normal(part["seed"] + layer, part["mask"], samples, mu.shape[-1])
+                noise = tensors.row_normal(
+                    part["seed"] + layer, part["mask"], samples, mu.shape[-1]
+                )
                 z = mu + log_sigma.exp() * noise  # (samples, N, latent_dim)
             return self.head(self.decoder(z)).squeeze(-1).mean(0), kl, sigma
 
@@ -346,7 +348,7 @@ def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
     """log pi_ref (B, T) of the tokens that the policy chose."""
     grid = torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, tokens = part["mask"], part["targets"][part["mask"]]
+        mask, tokens = part["mask"], part["targets"][tensors.cells(part["mask"])]
         hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
         logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
         put(grid, rows, logprobs, mask)
@@ -369,7 +371,7 @@ def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
         values, _, _ = critic.values(features, part, args.value_samples)  # VRPO
         put(scores["values"], rows, values, mask)
         # VRPO: the same pass tells what the LM head thinks of the tokens
-        tokens = part["targets"][mask]
+        tokens = part["targets"][tensors.cells(mask)]
         logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
         put(critic_entropy, rows, entropy, mask)
         put(critic_nll, rows, -logprobs, mask)
@@ -490,7 +492,7 @@ def critic_loss(
     mse = mse / return_variance
     ib_kl = weighted_sum(on_grid(ib_kl, mask), weights)
     sigma = weighted_sum(on_grid(sigma, mask), weights)
-    tokens = part["targets"][mask]
+    tokens = part["targets"][tensors.cells(mask)]
     logprobs, entropy = logprobs_and_entropy(critic.lm_head, features, tokens, temperature=1.0)
     logprobs, entropy = on_grid(logprobs, mask), on_grid(entropy, mask)
     ent, ppl = semantic_losses(
@@ -508,7 +510,7 @@ def main(args: Args) -> None:
     check_flags(args)
     if args.reward_per == "turn" and not args.reward_model:  # dialogue
         stop("--reward-per turn: only a reward model judges turns; give --reward-model")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32, args.deterministic)
     dtype = getattr(torch, args.dtype)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -517,10 +519,11 @@ def main(args: Args) -> None:
     policy, chat = load_policy(
         args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
     )
-    reference = twin(policy).requires_grad_(False)
+    reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     seed_torch(args.seed, "critic")
     critic = Critic(policy, args).to(device)
+    save_memory(args, policy, reference, critic.backbone)
     optimizer = make_optimizer(policy, critic, args)
     run = Run(args)
     run.print(f"{run.folder}: {env}")
@@ -584,7 +587,7 @@ def main(args: Args) -> None:
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
             batch["seed"] = row_seeds(mask, args.seed, "latent", update, epoch)  # VRPO
-            for rows in order.to(device).split(args.minibatch_size):
+            for rows in order.split(args.minibatch_size):
                 minibatch = take(batch, rows)
                 minibatch["weights"] = token_weights(minibatch["mask"])
                 # VRPO: the uncertain tokens of each semantic loss
@@ -594,7 +597,7 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
                     part_mask, weights = part["mask"], part["weights"]
-                    tokens = part["targets"][part_mask]
+                    tokens = part["targets"][tensors.cells(part_mask)]
                     with precision:
                         hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
                         logprobs, entropy = logprobs_and_entropy(

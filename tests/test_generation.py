@@ -50,23 +50,27 @@ def plainly(policy, chat, prompts, max_new_tokens, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
 @pytest.mark.parametrize(
-    "room, compact_at, rows_at_once", [(32, 0.8, 10**6), (1, 1.0, 10**6), (2, 0.0, 5), (3, 0.5, 1)]
+    "room, compact_at, rows_at_once, eos_every",
+    [(32, 0.8, 10**6, 1), (1, 1.0, 10**6, 3), (2, 0.0, 5, 1), (3, 0.5, 1, 4)],
 )
 def test_same_tokens_as_a_plain_loop(
-    policy_and_chat, monkeypatch, temperature, room, compact_at, rows_at_once
+    policy_and_chat, monkeypatch, temperature, room, compact_at, rows_at_once, eos_every
 ):
     policy, chat = policy_and_chat
     vocabulary = policy.lm_head.out_features
     chat.eos_ids = list(range(0, vocabulary, 9))  # one token in nine ends an answer
     monkeypatch.setattr(generation, "ROOM", room)
     monkeypatch.setattr(generation, "COMPACT_AT", compact_at)
+    monkeypatch.setattr(generation, "EOS_EVERY", {"cpu": eos_every})
     monkeypatch.setattr(tensors, "LOGITS_AT_ONCE", rows_at_once * vocabulary)
     prompts = some_prompts(chat)
     torch.manual_seed(3)
     expected = plainly(policy, chat, prompts, 15, temperature)
+    state = torch.get_rng_state()
     torch.manual_seed(3)
     found = generate(policy, chat, prompts, 15, temperature)
     assert [answer.tokens for answer in found] == expected
+    assert torch.equal(torch.get_rng_state(), state)  # so is what is drawn next
     if temperature:
         assert {len(a) for a in expected} > {1, 15} or len(
             {len(a) for a in expected}

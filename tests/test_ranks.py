@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,9 +16,11 @@ import ppo_baseline as ppo
 import vrpo_math as vrpo
 from tests.conftest import ROOT, read_samples
 from tests.test_tensors import ROWS, TWO_TURNS, pack
-from utils import ranks, tensors
+from utils import errors, ranks, tensors
+from utils.files import read_rows
 from utils.keyed import row_seeds
 from utils.models import load_policy
+from utils.run import Run
 
 UNEVEN = {"samples_per_prompt": 3, "minibatch_size": 5, "micro_batch_size": 2, "eval_size": 7}
 
@@ -26,9 +29,9 @@ UNEVEN = {"samples_per_prompt": 3, "minibatch_size": 5, "micro_batch_size": 2, "
 def torchrun(command, tmp_path):
     """torchrun(name, **flags): a script in two processes, started in a temporary folder."""
 
-    def start(name: str, **flags) -> subprocess.Popen:
+    def start(name: str, *more: str, **flags) -> subprocess.Popen:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words = [*launch, "--nproc-per-node=2", *command(name, **flags)[1:]]
+        words = [*launch, "--nproc-per-node=2", *command(name, **flags)[1:], *more]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -89,17 +92,86 @@ def same_numbers(one, many) -> None:
             assert right[key].tolist() == wanted, key
 
 
-def test_two_processes_give_the_run_of_one_and_one_goes_on(torchrun, run_main, tmp_path):
-    """Uneven minibatches, a bottleneck's draws, a checkpoint of two continued by one."""
-    flags = UNEVEN | {"noise_rate": 0.4, "max_new_tokens": 12}
+@pytest.mark.parametrize("more", [[], ["--shard", "--gradient-checkpointing"]])
+def test_two_processes_give_the_run_of_one_and_one_goes_on(torchrun, run_main, tmp_path, more):
+    """Uneven minibatches, a bottleneck's draws, a checkpoint of two continued by one; and the same
+    with a part of the weights in each process."""
+    flags = UNEVEN | {"noise_rate": 0.4, "max_new_tokens": 12, "critic_warmup": 1}
     whole = run_main("vrpo_math", run_name="whole", updates=3, **flags)
-    two = torchrun("vrpo_math", run_name="two", updates=2, **flags)
-    output, errors = two.communicate(timeout=180)
-    assert two.returncode == 0, errors
+    two = torchrun("vrpo_math", *more, run_name="two", updates=2, **flags)
+    output, said = two.communicate(timeout=180)
+    assert two.returncode == 0, said
     assert output.count("training, 8 test problems") == 1  # one process speaks
     folder = tmp_path / "runs" / "two"
     run_main("vrpo_math", resume=folder, updates=3, **flags)
     same_numbers(whole, folder)
+
+
+def worker(launched: subprocess.Popen, rank: int) -> int:
+    """The process id of a worker."""
+    children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True)
+    return int(children.stdout.split()[rank])
+
+
+def wait_for(file: Path) -> None:
+    limit = time.time() + 120
+    while time.time() < limit and not file.exists():
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "noise, file", [("none", "metrics.csv"), ("majority-vote", "pseudo_labels.jsonl")]
+)
+def test_a_signal_to_one_worker_stops_all(torchrun, tmp_path, noise, file):
+    """After the update, or between two batches of votes: all is saved, and one process says so."""
+    flags = {"updates": 10**5, "save_every": 10**5, "noise": noise, "rollout_batch_size": 8}
+    both = torchrun("grpo_baseline", run_name="cut", eval_every=10**5, **flags)
+    folder = tmp_path / "runs" / "cut"
+    wait_for(folder / file)
+    os.kill(worker(both, 1), signal.SIGTERM)
+    output, said = both.communicate(timeout=120)
+    assert both.returncode and "exitcode  : 143" in said
+    assert " ".join(output.split()).count("saved; continue with --resume runs/cut") == 1
+    assert "stopped by" not in said
+    if noise == "none":
+        last = pd.read_csv(folder / "metrics.csv")["update"].max()
+        assert (folder / "checkpoints" / f"{last:06d}" / "manifest.json").exists()
+    else:
+        keys = [row["key"] for row in read_rows(folder / "pseudo_labels.jsonl")]
+        assert len(keys) == len(set(keys)) > 0
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    run, left = Run.__new__(Run), []
+    run.interrupt, run.asked, run.print = None, float("-inf"), lambda line: None
+    monkeypatch.setattr("utils.run.leave", left.append)
+    monkeypatch.setattr(ranks, "RANKS", 2)
+    run.request_stop(signal.SIGTERM, None), run.request_stop(signal.SIGTERM, None)
+    assert run.interrupt == signal.SIGTERM and not left
+    run.asked -= 5  # some seconds later
+    run.request_stop(signal.SIGTERM, None)
+    assert left == [signal.SIGTERM]
+
+
+def test_a_refusal_is_one_sentence(torchrun):
+    both = torchrun("grpo_baseline", samples_per_prompt=1)
+    _, said = both.communicate(timeout=120)
+    assert both.returncode and said.count("error: --samples-per-prompt 1: --advantage") == 1
+    assert "stopped by" not in said
+
+
+def test_shard_where_it_has_no_use(run_main):
+    with pytest.raises(SystemExit, match="--shard: for several processes"):
+        run_main("grpo_baseline", shard=True)
+
+
+def test_what_one_process_meets_alone_it_says(monkeypatch):
+    monkeypatch.setattr(errors, "RANK", "1")
+    monkeypatch.setattr(errors, "PATIENCE", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=r"error: a disk is full \(process 1\)"):
+        errors.stop("a disk is full")
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_worker_is_killed_and_the_run_goes_on(torchrun, run_main, tmp_path):
@@ -108,11 +180,8 @@ def test_a_worker_is_killed_and_the_run_goes_on(torchrun, run_main, tmp_path):
     whole = run_main("grpo_baseline", run_name="whole", **flags)
     both = torchrun("grpo_baseline", run_name="killed", **flags)
     folder = tmp_path / "runs" / "killed"
-    limit = time.time() + 120
-    while time.time() < limit and not (folder / "checkpoints" / "000002").exists():
-        time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(both.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    wait_for(folder / "checkpoints" / "000002")
+    os.kill(worker(both, 1), signal.SIGKILL)
     both.communicate(timeout=120)
     assert both.returncode != 0, "the run ended before its worker could be killed"
     run_main("grpo_baseline", resume=folder, **flags)

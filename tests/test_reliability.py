@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -872,3 +873,28 @@ def test_curves_with_any_flag_and_name(copy, finished, tmp_path):
     panels = {"eval/accuracy": "$x^$", "reward/clean": "y"}
     assert plot.plot_runs([copy, finished], tmp_path / "x.svg", panels).stat().st_size > 5000
     refused(lambda: plot.plot_runs([copy], tmp_path / "x.svg", {"$": "$"}), "none of these metrics")
+
+
+# ---- other systems ----
+
+
+ELSEWHERE = """
+import builtins, runpy, sys
+find = builtins.__import__
+def lacking(name, globals=None, *rest, **more):
+    if name in ("fcntl", "resource") and str((globals or {}).get("__name__")).startswith("utils"):
+        raise ImportError(name)
+    return find(name, globals, *rest, **more)
+builtins.__import__ = lacking
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_without_the_modules_that_windows_lacks(command, shell, tmp_path):
+    """No lock and no peak memory, and all the rest."""
+    words = command("grpo_baseline", run_name="elsewhere", updates=1)
+    done = shell([words[0], "-c", ELSEWHERE, *words[1:]])
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path / "runs" / "elsewhere" / "metrics.csv")
+    assert "charts/peak_memory_gb" not in frame and frame["eval/accuracy"].notna().all()

@@ -1,6 +1,7 @@
 """Loading data of many shapes, prompts, chat formats, and what is said about bad input."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import ppo_baseline as ppo
-from utils.models import Chat, load_policy
+from utils.models import Chat, load_policy, pick_device
 from utils.world.tasks import load_task
 
 
@@ -214,9 +215,26 @@ def test_logits_that_are_rescaled_behind_the_head_are_refused(tmp_path, tokenize
 
 
 def test_devices():
-    from utils.models import pick_device
-
     assert pick_device("cpu").type == "cpu"
     for name in ("nonsense", "cuda:99"):
         with pytest.raises(SystemExit, match=f"--device {name}: not available here"):
             pick_device(name)
+
+
+def test_what_a_device_is_set_to(monkeypatch):
+    """--tf32 on a GPU alone; --deterministic before anything is put on one."""
+    device = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: device)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        pick_device("cuda", tf32=False)
+        assert torch.get_float32_matmul_precision() == before == "highest"
+        assert not torch.are_deterministic_algorithms_enabled()
+        pick_device("cuda", deterministic=True)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.use_deterministic_algorithms(False)

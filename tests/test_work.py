@@ -1,17 +1,21 @@
 """How much a script computes in an update, counted: a change that doubles the work or the logits in
-memory fails here."""
+memory fails here, and one that would have a GPU wait."""
 
 import importlib
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from transformers.models.llama.modeling_llama import LlamaModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from tests.conftest import CRITICS, ROOT, SCRIPTS
+from tests.conftest import CRITICS, ROOT, SCRIPTS, read_metrics
 from utils import generation, tensors
+from utils.models import load_policy, save_memory, twin
 
 EPISODES, EPOCHS = 8, 2
 MODEL = str(ROOT / "assets" / "tiny_math")  # its answers differ in length
@@ -142,3 +146,128 @@ def test_logits_at_once(work_of, monkeypatch, tokenizer, name):
     work, (episodes, _) = work_of(name, micro_batch_size=4)
     assert sum(sum(e.chosen) for e in episodes) > 10 * rows
     assert all(work.logits[update] == rows for update in (1, 2)) and work.logits["outside"] == rows
+
+
+ATEN = torch.ops.aten
+WAITS = (ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal)
+INDEXED = (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_)
+
+
+class Calls(TorchDispatchMode):
+    """What would have to wait for a GPU, by the function of ours or of transformers that asks; and
+    casts of weights to bfloat16, by their shape and whether they are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.casts = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packet, kwargs = function._overloadpacket, kwargs or {}
+        selects = packet in INDEXED and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if packet in WAITS or selects:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.waits[frame.f_code.co_name] += 1
+        is_cast = packet is ATEN._to_copy and kwargs.get("dtype") == torch.bfloat16
+        if is_cast and isinstance(args[0], torch.nn.Parameter):
+            self.casts[tuple(args[0].shape), args[0].requires_grad] += 1
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_micro_batch_and_few_tokens_wait_for_a_gpu(name, run_main, monkeypatch):
+    """Twice as many micro-batches wait no more often; `take` looks at masks on the CPU."""
+    every = generation.EOS_EVERY["cuda"]
+    monkeypatch.setattr(generation, "EOS_EVERY", {"cpu": every})
+    flags = {"model": MODEL, "updates": 1, "eval_every": 10, "max_new_tokens": 32, "kl_coef": 0.1}
+    found = []
+    for size in (2, 1):
+        with Calls() as calls:
+            run_main(name, run_name=f"by-{size}", micro_batch_size=size, **flags)
+        assert calls.waits.pop("take") > 10
+        found.append(calls.waits)
+    assert found[0] == found[1]
+    rollouts = 3  # before, in and after the update
+    assert 0 < found[0]["decode"] <= rollouts * (32 / every + 3)
+    assert found[0].total() < 70 + found[0]["decode"]
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_weights_are_cast_once(warmup, run_main, tiny_model):
+    """In bfloat16: for a rollout once; for a micro-batch once; the reference when it is made; the
+    policy in the passes of --critic-warmup too, although it stands still."""
+    flags = {"updates": 1, "kl_coef": 0.1, "dtype": "bfloat16", "critic_warmup": warmup}
+    with Calls() as calls:
+        run_main("vrpo_math", micro_batch_size=1, eval_every=10, **flags)
+    mlp = (64, 32)  # two layers have two such weights each
+    rollouts, micro_batches = 3, 2 * 8
+    training = micro_batches * (1 + (warmup == 0))  # the critic, the policy
+    scoring = 1  # the critic: all parts of the batch under one autocast
+    expected = 4 * (rollouts + training + scoring)
+    assert calls.casts[mlp, True] == expected
+    assert calls.casts[mlp, False] == 4 + 4 * micro_batches * warmup
+
+
+def test_keys_are_kept_like_values(tiny_model, monkeypatch):
+    policy, chat = load_policy(str(tiny_model), torch.device("cpu"))
+    update, dtypes = generation.RoomyLayer.update, set()
+
+    def noticed(self, *args, **kwargs):
+        found = update(self, *args, **kwargs)
+        dtypes.update(x.dtype for x in (*found, *self.buffers))
+        return found
+
+    monkeypatch.setattr(generation.RoomyLayer, "update", noticed)
+    with torch.autocast("cpu", torch.bfloat16):
+        generation.generate(policy, chat, [chat.prompt_ids("1 + 1")], 4, 1.0)
+    assert dtypes == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_computes_twice_and_keeps_less(tiny_model, monkeypatch):
+    """In eval mode, of a twin with weights of its own too: the same gradients to the last bit."""
+    forward, calls = LlamaDecoderLayer.forward, []
+    tokens = torch.arange(5, 45).view(2, 20)
+
+    def noticed(self, *args, **kwargs):
+        calls.append(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", noticed)
+    policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
+    plain, found = twin(policy), []
+    flags = SimpleNamespace(gradient_checkpointing=True, shard=False)
+    save_memory(flags, policy, twin(policy), None)
+    other = twin(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()  # the twin does not look
+    for model in (plain, other):
+        kept = 0
+
+        def pack(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        calls.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden.square().sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        found.append((kept, len(calls), gradients))
+    assert not any(calls)
+    (all_kept, once, plainly), (kept, twice, again) = found
+    assert (once, twice) == (2, 4) and kept < all_kept / 4
+    assert all(torch.equal(a, b) for a, b in zip(plainly, again, strict=True))
+
+
+def test_a_run_with_gradient_checkpointing_is_the_same(run_main):
+    flags = {"kl_coef": 0.1, "lora_rank": 2}
+    plain, again = (
+        run_main("vrpo_math", run_name=f"again-{x}", gradient_checkpointing=x, **flags)
+        for x in (False, True)
+    )
+    assert read_metrics(plain) == read_metrics(again)

@@ -37,6 +37,14 @@ class RunArgs:
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the forward passes (autocast); weights and optimizer stay in float32"""
+    tf32: bool = True
+    """on a GPU: products in float32 have mantissas of 10 bits, and take a fraction of the time"""
+    deterministic: bool = False
+    """on a GPU: the same run twice is the same to the last bit; slower"""
+    gradient_checkpointing: bool = False
+    """layers are computed again in the backward pass: less memory, a third more time"""
+    shard: bool = False
+    """several processes hold a part of every weight each, instead of all (docs/scaling.md)"""
     eval_every: int = 10
     """updates between greedy evaluations on clean held-out problems (also at start and end)"""
     eval_size: int = 512

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from utils import ranks
 from utils.errors import stop
 from utils.models import first_line, has_adapters, save_policy
-from utils.ranks import by_first
+from utils.ranks import by_first, like, whole
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -29,30 +31,51 @@ def digests(folder: Path) -> dict[str, str]:
                 digest = hashlib.sha256()
                 while block := file.read(1 << 20):
                     digest.update(block)
-            result[str(path.relative_to(folder))] = digest.hexdigest()
+            result[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return result
 
 
-@by_first
 def save_checkpoint(
     run: Path, update: int, policy, tokenizer, state: dict[str, Any], card: str, keep: int = 2
 ) -> None:
     """Write checkpoints/<update>: `policy/` in Hugging Face format with its model card, `state.pt`
     and a manifest; keep the newest `keep`. Of a module in `state` what is trained is kept; with
     LoRA the policy's adapters are in it too, and merged into the weights of `policy/`. Where those
-    are rounded to a source's bfloat16, the weights that are trained are in `state.pt` as well."""
-    folder = run / "checkpoints" / f"{update:06d}"
-    temporary = folder.with_name(f"tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    adapters = {name: x for name, x in policy.state_dict().items() if "lora_" in name}
+    are rounded to a source's bfloat16, the weights that are trained are in `state.pt` as well. What
+    is sharded is gathered."""
     state = {
         key: trained_state(value) if isinstance(value, nn.Module) else value
         for key, value in state.items()
     }
+    weights = {held_elsewhere(key): x for key, x in policy.state_dict().items()}
+    weights, state = whole(weights), whole(state)
+    write_checkpoint(run, update, policy, weights, tokenizer, state, card, keep)
+
+
+def held_elsewhere(name: str) -> str:
+    """The name in the files of a weight of `ranks.Head`, which is the decoder's."""
+    return re.sub(r"^.*\.lm_head\.", "lm_head.", name)
+
+
+@by_first
+def write_checkpoint(
+    run: Path,
+    update: int,
+    policy,
+    weights: dict,
+    tokenizer,
+    state: dict[str, Any],
+    card: str,
+    keep: int,
+) -> None:
+    folder = run / "checkpoints" / f"{update:06d}"
+    temporary = folder.with_name(f"tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    adapters = {name: x for name, x in weights.items() if "lora_" in name}
     if not adapters and policy.source_dtype != policy.dtype:
-        state["policy"] = policy.state_dict()
+        state["policy"] = weights
     try:
-        save_policy(policy, temporary / "policy")
+        save_policy(policy, temporary / "policy", weights)
         tokenizer.save_pretrained(temporary / "policy")
         (temporary / "policy" / "README.md").write_text(card, encoding="utf-8")
         torch.save({**state, "adapters": adapters}, temporary / "state.pt")
@@ -101,15 +124,16 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     if adapters:
         policy.load_state_dict(adapters, strict=False)
         return
-    if "policy" in state:
-        policy.load_state_dict(state["policy"])
-        return
-    saved, told = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    if lacks := sorted(told["missing_keys"]):
-        raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
-    policy.load_state_dict(saved.state_dict())
+    saved = state.get("policy")
+    if saved is None:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        if lacks := sorted(told["missing_keys"]):
+            raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
+        saved = model.state_dict()
+    own = {name: like(saved[held_elsewhere(name)], x) for name, x in mine.items()}
+    policy.load_state_dict(own)
 
 
 def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
@@ -121,12 +145,16 @@ def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
         stop(
             "--resume: the run's critic has other parts or sizes; leave the critic's flags as they were"
         )
-    critic.load_state_dict(state["critic"], strict=False)
+    own = dict(critic.named_parameters())
+    critic.load_state_dict({k: like(x, own[k]) for k, x in state["critic"].items()}, strict=False)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
     before = [dict(group) for group in optimizer.param_groups]
+    own = [parameter for group in before for parameter in group["params"]]
+    for i, moments in saved["state"].items() if ranks.SHARDED else ():
+        moments |= {key: like(x, own[i]) for key, x in moments.items() if x.dim()}
     optimizer.load_state_dict(saved)
     for mine, group in zip(before, optimizer.param_groups, strict=True):
         own = mine.keys() - {"params", "lr"}
@@ -152,11 +180,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    run: Path | None, device: torch.device, say: Callable[[str], None]
+    run: Path | None, say: Callable[[str], None]
 ) -> tuple[int, Path | None, dict[str, Any] | None]:
-    """The newest undamaged checkpoint: its update, the folder of its policy, its state. Says so
-    where it passes over a damaged one. (0, None, None), the beginning, for a fresh run (None) or
-    one that was stopped before its first checkpoint."""
+    """The newest undamaged checkpoint: its update, the folder of its policy, its state, on the CPU: a
+    GPU may have no room for it twice. Says so where it passes over a damaged one. (0, None, None),
+    the beginning, for a fresh run (None) or one that was stopped before its first checkpoint."""
     if run is None:
         return 0, None, None
     folders = complete_checkpoints(run)
@@ -164,7 +192,7 @@ def load_checkpoint(
         try:
             if digests(folder) != json.loads((folder / "manifest.json").read_text()):
                 raise ValueError("its files do not match their digests")
-            state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError("its state is no dictionary")
             return int(folder.name), folder / "policy", state

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ OUTSIDE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.EPIPE, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
+RANK = os.environ.get("RANK", "0")  # under torchrun
+PATIENCE = 10  # seconds
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -27,10 +30,15 @@ def visible(text: str) -> str:
 
 
 def stop(message: str) -> NoReturn:
-    """Leave with one sentence on stderr and exit status 1. Of several processes, which all come to
-    the same refusal, one says it."""
+    """Leave with one sentence on stderr and exit status 1. Of several processes, which mostly come
+    to the same refusal, the first says it; torchrun then ends the others, which wait for that. What
+    one of them meets alone it says itself."""
     said = f"error: {visible(message)}"
-    raise SystemExit(said if os.environ.get("RANK", "0") == "0" else 1)
+    if RANK != "0":
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
+        time.sleep(PATIENCE)
+        said += f" (process {RANK})"
+    raise SystemExit(said)
 
 
 def say(line: str) -> None:
@@ -52,7 +60,8 @@ def leave(number: int, _frame: object = None) -> NoReturn:
         if sys.__stdout__.isatty():
             print("\x1b[?25h", file=sys.__stdout__)  # a progress bar has hidden the cursor
         sys.__stdout__.flush()
-    say(f"stopped by {signal.Signals(number).name}")
+    if RANK == "0":
+        say(f"stopped by {signal.Signals(number).name}")
     os._exit(128 + number)
 
 

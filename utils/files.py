@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import json
 import math
 import os
@@ -13,6 +12,11 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 
 from utils.errors import stop
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder there
+    fcntl = None
 
 # ---- writing ----
 
@@ -60,6 +64,8 @@ def claim(folder: Path) -> TextIO:
     """The open lock of a run's folder: while it is open no other process works there. The system
     frees it whatever ends this one."""
     lock = (folder / ".lock").open("w")
+    if fcntl is None:
+        return lock
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -5,6 +5,8 @@ What is saved: a prompt that stands several times in a batch is read once; rows 
 leave the batch; the cache of keys and values grows in place; and as the log-probabilities are kept,
 no further pass of the policy has to find them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from utils import ranks, tensors
+from utils import ranks
+from utils.keyed import generator
+from utils.tensors import rows_at_once
 
 ROOM = 32  # tokens by which a cache grows at a time
+EOS_EVERY = {"cuda": 8}  # steps between two looks at who has ended, which wait for the GPU; else 1
 COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its rows goes on
 
 
@@ -29,7 +34,8 @@ class Answer(NamedTuple):
 
 class RoomyLayer(DynamicLayer):
     """Keys and values (B, H, T, D) as the used part of buffers with room for more: a further token
-    is written in place, where DynamicLayer copies the whole cache. Made for `generate` below:
+    is written in place, where DynamicLayer copies the whole cache. Under autocast the rotation makes
+    keys float32, which attention undoes: they are kept like the values. Made for `generate` below:
     nothing but these methods keeps the buffers in step."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -39,6 +45,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.keys.shape[2]
@@ -80,25 +87,40 @@ def choose(
     token, with certainty.
 
     Noise is drawn for the whole batch, so that a row's token does not depend on which others have
-    ended, and no more than LOGITS_AT_ONCE logits exist at a time. On a CPU it is `generate`'s
+    ended, and no more than `rows_at_once` have their logits in memory. On a CPU it is `generate`'s
     noise, however it is cut; on a GPU while a batch is one piece."""
-    parts = []
-    for place in torch.arange(batch, device=rows.device).split(
-        max(1, tensors.LOGITS_AT_ONCE // head.out_features)
-    ):
-        here = (rows >= place[0]) & (rows <= place[-1])
-        logits = head(hidden[here]).float()
+    parts, size, ends = [], rows_at_once(head, hidden.device), [0, len(rows)]
+    starts = range(0, batch, size)
+    if len(starts) > 1:
+        edges = torch.tensor([*starts, batch], device=rows.device)
+        ends = torch.searchsorted(rows, edges).tolist()
+    for start, first, last in zip(starts, ends, ends[1:], strict=False):
+        logits = head(hidden[first:last]).float()
         if temperature == 0:
             zeros = torch.zeros(len(logits), device=logits.device)
             parts.append((logits.argmax(-1), zeros, zeros))
             continue
         probs = (logits / temperature).softmax(-1)
-        noise = exponential(len(place), probs.shape[1], probs.device)
-        noise = noise if len(probs) == len(place) else noise[rows[here] - place[0]]
+        noise = exponential(min(size, batch - start), probs.shape[1], probs.device)
+        noise = noise if len(probs) == len(noise) else noise[rows[first:last] - start]
         tokens = noise.reciprocal_().mul_(probs).argmax(-1)
         chosen = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
         parts.append((tokens, chosen.log(), torch.special.entr(probs).sum(-1)))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@contextmanager
+def casts_kept(policy: nn.Module) -> Iterator[None]:
+    """Autocast keeps the casts of weights that are trained, and makes those of frozen ones (during
+    --critic-warmup) anew for every token: here it keeps them too."""
+    frozen = [p for p in policy.parameters() if p.dtype == torch.float32 and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def generate(
@@ -114,9 +136,10 @@ def generate(
     answers = []
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     size = at_once or len(prompts) or 1
-    for start in range(0, len(prompts), size):
-        some = slice(start, start + size)
-        answers += generate_batch(policy, chat, prompts[some], limits[some], temperature)
+    with ranks.gathered(policy), casts_kept(policy):
+        for start in range(0, len(prompts), size):
+            some = slice(start, start + size)
+            answers += generate_batch(policy, chat, prompts[some], limits[some], temperature)
     return answers
 
 
@@ -145,7 +168,7 @@ def decode(
 ) -> tuple[list[Answer], int]:
     """The answers to prompts that stand at `places` (N,) in a batch of `batch`, of at most `limits`
     (N) tokens, and the steps that it took."""
-    decoder, device = policy.get_decoder(), policy.device
+    decoder, device, noise = policy.get_decoder(), policy.device, generator(policy.device)
     cache = DynamicCache(config=policy.config)
     # rows can be taken out of caches of attention; a model with others decodes its batch as it
     # stands, to the end
@@ -165,13 +188,15 @@ def decode(
         [[0] * (width - len(p)) + [1] * (len(p) + most) for p in distinct], device=device
     )
     positions = (attention.cumsum(1) - 1).clamp(min=0)
+    padding = [width - len(p) for p in distinct]
 
     def read(tokens: Tensor) -> Tensor:
         """The last hidden states (N, D) after further tokens (N, T) of every row: the prompts, then
         one token at a time."""
         nonlocal width
+        mask = attention[:, :width] if any(padding) else None
         hidden = decoder(
-            input_ids=tokens, attention_mask=attention[:, :width], position_ids=positions[:, width - tokens.shape[1] : width],
+            input_ids=tokens, attention_mask=mask, position_ids=positions[:, width - tokens.shape[1] : width],
             past_key_values=cache, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
         width += 1
@@ -179,7 +204,8 @@ def decode(
 
     def keep(some: Tensor) -> None:
         """Go on with some rows, in their order."""
-        nonlocal attention, positions
+        nonlocal attention, positions, padding
+        padding = [padding[i] for i in some.tolist()]
         attention, positions = attention[some], positions[some]
         for layer in cache.layers:
             layer.batch_select_indices(some)
@@ -198,20 +224,27 @@ def decode(
     # a row that was cut off may stay for a while, but not beyond the positions that a model learned
     last = torch.tensor([[len(p) + n - 1] for p, n in zip(prompts, limits, strict=True)])
     positions = positions.minimum(last.to(device))
-    for step in range(most):
+    every, states = EOS_EVERY.get(device.type, 1), []
+    for step in range(1, most + 1):
         new, logprob, uncertainty = choose(policy.lm_head, hidden, places[rows], batch, temperature)
-        answers[rows, step], logprobs[rows, step], entropy[rows, step] = new, logprob, uncertainty
-        going = going & ~torch.isin(new, eos) & (step + 1 < room[rows])
-        count = int(going.sum())
-        if count == 0:
+        at = (rows, step - 1)
+        answers[at], logprobs[at], entropy[at] = new, logprob, uncertainty
+        states.append(noise.get_state())
+        going = going & ~torch.isin(new, eos) & (step < room[rows])
+        if step == most:
             break
-        if movable and count <= COMPACT_AT * len(rows):
+        if step % every == 0:
             some = going.nonzero().squeeze(1)
-            rows, new, going = rows[some], new[some], going[some]
-            keep(some)
+            if len(some) == 0:
+                break
+            if movable and len(some) <= COMPACT_AT * len(rows):
+                rows, new, going = rows[some], new[some], going[some]
+                keep(some)
         hidden = read(new.unsqueeze(1))
     is_eos = torch.isin(answers, eos)
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, most).minimum(room)
+    steps = int(lengths.max())
+    noise.set_state(states[steps - 1])  # nobody has drawn what came after the last EOS
     columns = (answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist())
     found = [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in zip(*columns, strict=True)]
-    return found, step + 1
+    return found, steps

@@ -24,19 +24,14 @@ def permutation(size: int, *key: object) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(int(coin(*key) * 2**53)))
 
 
+def generator(device: torch.device) -> torch.Generator:
+    """The generator that draws on a device where none is named."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
 def row_seeds(mask: Tensor, *key: object) -> Tensor:
-    """A seed for every row of a batch with that mask, (B, 1) int64: a column of the batch."""
-    seeds = [[int(coin(*key, row) * 2**53)] for row in range(len(mask))]
-    return torch.tensor(seeds, device=mask.device)
-
-
-def row_normal(seeds: Tensor, mask: Tensor, samples: int, width: int) -> Tensor:
-    """Standard normal noise (samples, N, width) for the N masked tokens of some rows: each row's
-    depends on its seed (rows, 1) alone, so it does not matter which rows stand together, or in
-    which process."""
-    noise = []
-    for seed, length in zip(seeds.flatten().tolist(), mask.sum(1).tolist(), strict=True):
-        generator = torch.Generator(mask.device).manual_seed(seed)
-        shape = (samples, length, width)
-        noise.append(torch.randn(shape, generator=generator, device=mask.device))
-    return torch.cat(noise, dim=1)
+    """A seed for every row of a batch with that mask, (B, 1) int64 on the CPU: a column of it."""
+    return torch.tensor([[int(coin(*key, row) * 2**53)] for row in range(len(mask))])

@@ -6,12 +6,14 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,15 +21,22 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from utils import ranks
 from utils.errors import stop
 from utils.generation import generate
-from utils.ranks import join
+from utils.ranks import join, shard
 
 disable_progress_bar()
 set_verbosity_error()
+# In every pass transformers asks whether a mask hides nothing, and whether rows are several sequences
+# in one, and waits for the GPU to tell. Here a mask is given where it hides something; rows are one.
+masking_utils.fast_all = lambda mask: False
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 MARK = "an answer that no template contains"
 # Put before a template, CLOCK tells it this date every day, so that no run depends on the day.
 TODAY = datetime(2024, 7, 26)
@@ -240,7 +249,9 @@ def load_policy(
     for part in model.modules():  # learned positions end, rotary ones only grow unfamiliar
         if type(part) is nn.Embedding and part.num_embeddings == context:
             part.register_forward_pre_hook(refuse_further_positions)
-    return model.to(device).eval(), Chat(tokenizer, eos_ids, system, thinking, context)
+    if not ranks.SHARDED:  # what is to be divided goes to the GPU in parts (`save_memory`)
+        model.to(device)
+    return model.eval(), Chat(tokenizer, eos_ids, system, thinking, context)
 
 
 def refuse_further_positions(positions: nn.Embedding, inputs: tuple[torch.Tensor]) -> None:
@@ -285,6 +296,46 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, frozen)
 
 
+def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A twin that is not trained. Its linear layers are in `dtype`: of what is not trained autocast
+    keeps no casts, and would make them in every pass, of a head for every chunk of logits."""
+    copied = twin(module).requires_grad_(False)
+    for part in copied.modules():
+        for name, own in part.named_parameters(recurse=False):
+            if type(part) is nn.Linear and own.dtype != dtype:  # an embedding stays as it is
+                setattr(part, name, nn.Parameter(own.to(dtype), requires_grad=False))
+    return copied
+
+
+def save_memory(args, policy, reference, backbone: nn.Module | None) -> None:
+    """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes
+    the rest again. transformers' own does so in training mode alone, in which there would be
+    dropout. And --shard. `backbone` is a critic's own, if it has one."""
+    models = [model for model in (policy, reference, backbone) if model is not None]
+    if args.gradient_checkpointing:
+        for layer in [layer for model in models for layer in layers(model)]:
+            layer.forward = partial(recomputed, layer.forward)
+    if args.shard:
+        shard(getattr(torch, args.dtype), layers, *models)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """What transformers knows as the layers of a model."""
+    found = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not found:
+        stop(
+            f"--gradient-checkpointing, --shard: the layers of {type(model).__name__} are not known"
+        )
+    return found
+
+
+def recomputed(forward: Callable, *args, **kwargs):
+    """What a layer gives, its activations thrown away."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+
+
 def has_adapters(policy: nn.Module) -> bool:
     """Whether it was loaded with LoRA: then it is peft's wrapper of a transformers model, else that
     model itself."""
@@ -296,14 +347,15 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
+def save_policy(policy: nn.Module, folder: str | os.PathLike, weights: dict | None = None) -> None:
     """Write the policy as plain transformers loads it, in the dtype that it came in; with LoRA the
-    adapters are merged into the weights, layer by layer. The policy itself stays as it is."""
+    adapters are merged into the weights, layer by layer. The policy itself stays as it is.
+    `weights`, where they are not to be asked of the policy."""
     model = policy.get_base_model() if has_adapters(policy) else policy
+    if has_adapters(policy) or weights is None:
+        weights = model.state_dict()
     state = {
-        name.replace(".base_layer", ""): x
-        for name, x in model.state_dict().items()
-        if "lora_" not in name
+        name.replace(".base_layer", ""): x for name, x in weights.items() if "lora_" not in name
     }
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
@@ -367,7 +419,7 @@ def first_line(error: Exception) -> str:
     return words or type(error).__name__
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, tf32: bool = True, deterministic: bool = False) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU, where freed memory is kept for reuse."""
     if name == "auto":
         name = (
@@ -377,12 +429,17 @@ def pick_device(name: str) -> torch.device:
             if torch.backends.mps.is_available()
             else "cpu"
         )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         stop(f"--device {name}: not available here ({first_line(error)})")
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda" and tf32:
+        torch.set_float32_matmul_precision("high")
     return join(device)
 
 

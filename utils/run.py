@@ -5,8 +5,8 @@ import atexit
 import csv
 import importlib
 import json
+import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -25,6 +25,11 @@ from utils.errors import leave, silence, stop, visible
 from utils.files import claim, make_folder, read_metrics, read_rows, write_atomically, writing
 from utils.models import first_line
 from utils.ranks import by_first, from_first
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -68,6 +73,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.shown: dict[str, float] = {}
         self.interrupt: int | None = None
+        self.asked = -math.inf  # when
         self.handlers = {
             number: signal.signal(number, self.request_stop)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -127,7 +133,7 @@ class Run:
     def restore(self, policy, critic, optimizer: torch.optim.Optimizer, env) -> int:
         """With --resume, weights, optimizer and reward scale of the newest checkpoint. Returns its
         update, 0 for a fresh run. `critic` is None where there is none."""
-        start, folder, state = load_checkpoint(self.args.resume, policy.device, self.print)
+        start, folder, state = load_checkpoint(self.args.resume, self.print)
         if start > self.args.updates:
             stop(f"--updates {self.args.updates}: {self.folder} is at update {start} already")
         if start:
@@ -169,9 +175,7 @@ class Run:
         """Save every --save-every updates, at the end, and where a signal asks to leave: then
         leave."""
         last = update == self.args.updates
-        # a signal that any of the processes has had
-        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
-        leaving = self.interrupt is not None
+        leaving = self.asked_to_leave()
         if update % self.args.save_every == 0 or last or leaving:
             state = {"critic": critic} if critic is not None else {}
             state["optimizer"] = optimizer.state_dict()
@@ -184,20 +188,30 @@ class Run:
 
     # ---- leaving ----
 
+    def asked_to_leave(self) -> bool:
+        """Whether any of the processes has had a signal; all of them ask."""
+        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
+        return self.interrupt is not None
+
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
+        now = time.monotonic()
+        if ranks.RANKS > 1 and now - self.asked < 5:
+            return  # torchrun passes on what a scheduler has sent to its processes as well
         if self.interrupt is not None:
             leave(number)
-        self.interrupt = number
+        self.interrupt, self.asked = number, now
         self.print(
             f"{signal.Signals(number).name}: this update will finish and be saved "
             "(once more to leave at once)"
         )
 
     def leave(self, when: str) -> NoReturn:
-        """Leave with a clear line, as a signal has asked, `when` everything is saved."""
+        """Leave with a clear line, as a signal has asked, `when` everything is saved; all processes
+        together, as torchrun ends the others with the first that leaves."""
         self.close()
         self.print(f"stopped {when}, saved; continue with --resume {self.folder}")
+        ranks.gather(None)
         sys.exit(128 + self.interrupt)
 
     def close(self) -> None:
@@ -211,13 +225,12 @@ class Run:
 
     # ---- the terminal ----
 
-    @by_first
     def doing(self, what: str) -> None:
         """Show beside the progress bar what is going on, whatever went before being saved: where a
         signal asks to leave, leave."""
-        if self.interrupt is not None:
+        if self.asked_to_leave():
             self.leave("before the first update")
-        self.progress.update(self.bar, description=what)
+        by_first(self.progress.update)(self.bar, description=what)
 
     @by_first
     def print(self, message: Any = "", **options) -> None:
@@ -265,8 +278,11 @@ def start_tracker(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the CUDA allocator on a GPU, else of the whole process."""
+    """Peak memory so far: of the CUDA allocator on a GPU, else of the whole process; NaN where the
+    system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -2,6 +2,7 @@
 
 python benchmark/checks/ranks.py                     # all scripts, some minutes on two cores
 python benchmark/checks/ranks.py --scripts vrpo_math --processes 2
+python benchmark/checks/ranks.py --shard             # several processes with divided weights
 """
 
 import csv
@@ -35,11 +36,12 @@ CASES = {
 MACHINE = ("time/", "charts/tokens_per_second", "charts/peak_memory_gb")
 
 
-def run(script: str, flags: dict, processes: int, name: str) -> Path:
+def run(script: str, flags: dict, processes: int, name: str, shard: bool = False) -> Path:
     """A run of the script in so many processes; its folder."""
     folder = RUNS / name
     shutil.rmtree(folder, ignore_errors=True)
     words = [f"--{key.replace('_', '-')}={value}" for key, value in (SMALL | flags).items()]
+    words += ["--shard"] if shard else []
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += [f"--nproc-per-node={processes}"] if processes > 1 else []
     start = launch if processes > 1 else [sys.executable]
@@ -78,6 +80,8 @@ class Args:
     """which"""
     processes: tuple[int, ...] = (2, 3)
     """compared with one"""
+    shard: bool = False
+    """with --shard, where there is no LoRA"""
 
 
 def main(args: Args) -> None:
@@ -86,7 +90,9 @@ def main(args: Args) -> None:
         for i, flags in enumerate(CASES[script]):
             one = run(script, flags, 1, f"{script}-{i}-1")
             for count in args.processes:
-                found, key = difference(one, run(script, flags, count, f"{script}-{i}-{count}"))
+                shard = args.shard and "lora_rank" not in flags
+                many = run(script, flags, count, f"{script}-{i}-{count}", shard)
+                found, key = difference(one, many)
                 words = " ".join(f"--{key} {value}" for key, value in flags.items())
                 print(f"{script} {words}: {count} processes, {found:.1e} ({key})", flush=True)
                 worst = max(worst, found)

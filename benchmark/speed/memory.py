@@ -24,7 +24,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import ppo_baseline as ppo  # noqa: E402
+from utils import tensors  # noqa: E402
+from utils.run import peak_memory_gb  # noqa: E402
 
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen2.5-0.5B": (151_936, 896)}
 UPDATES = [
@@ -49,18 +50,18 @@ class Args:
 
 def measure(head_name: str, tokens: int, at_once: int, device: torch.device) -> dict[str, float]:
     vocabulary, width = HEADS[head_name]
-    ppo.LOGITS_AT_ONCE = at_once
+    tensors.LOGITS_AT_ONCE, tensors.ON_A_GPU = at_once, 1
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).to(device)
     head.weight.grad = torch.zeros_like(head.weight)
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=device)
-    held, start = ppo.peak_memory_gb(device), time.perf_counter()
-    logprobs, entropy = ppo.logprobs_and_entropy(head, hidden, targets, 1.0)
+    held, start = peak_memory_gb(device), time.perf_counter()
+    logprobs, entropy = tensors.logprobs_and_entropy(head, hidden, targets, 1.0)
     (logprobs.mean() + entropy.mean()).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return {"gb": ppo.peak_memory_gb(device) - held, "seconds": time.perf_counter() - start}
+    return {"gb": peak_memory_gb(device) - held, "seconds": time.perf_counter() - start}
 
 
 def measure_update(vocabulary: int, micro_batch_size: int, device: str) -> tuple[int, float]:
@@ -123,7 +124,8 @@ def main(args: Args) -> None:
     for name, (vocabulary, _) in HEADS.items():
         for tokens in args.tokens:
             cells = []
-            for at_once in (2**60, ppo.LOGITS_AT_ONCE):
+            chunk = tensors.LOGITS_AT_ONCE * (tensors.ON_A_GPU if args.device == "cuda" else 1)
+            for at_once in (2**60, chunk):
                 command = [
                     sys.executable,
                     __file__,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import stop
-from utils.ranks import RANKS, add_up, gather
+from utils.ranks import RANKS, add_up, full, gather
 from utils.run import peak_memory_gb
 
 
@@ -34,7 +34,7 @@ class Averages:
 
     def add(self, stats: dict[str, Tensor]) -> None:
         for key, value in stats.items():
-            self.minibatches[-1][key] += value.detach().to(self.device)
+            self.minibatches[-1][key] += full(value.detach()).to(self.device)
 
     def end_minibatch(self) -> None:
         """Sums over the processes, whatever each of them has had of the minibatch."""
@@ -56,13 +56,14 @@ class Averages:
 
     def mean(self) -> dict[str, float]:
         columns = {key: [m[key] for m in self.minibatches] for key in self.minibatches[-1]}
-        return {key: torch.stack(column).mean().item() for key, column in columns.items()}
+        means = torch.stack([torch.stack(column).mean() for column in columns.values()])
+        return dict(zip(columns, means.tolist(), strict=True))
 
 
 def check_weights(optimizer: torch.optim.Optimizer, update: int) -> None:
     """Stop the run, with nothing saved of this update, if a step has made a weight no number."""
     for group in optimizer.param_groups:
-        if not all(parameter.isfinite().all() for parameter in group["params"]):
+        if not torch.stack([full(p.isfinite().all()) for p in group["params"]]).all():
             stop(
                 f"update {update}: weights of the {group['name']} are no longer finite, so nothing of "
                 "it is saved; go on from the last checkpoint with --resume and a lower learning rate"

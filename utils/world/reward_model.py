@@ -67,10 +67,10 @@ class RewardModel:
         rows = [torch.tensor(row) for row in rows]
         inputs = {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(row) for row in rows], batch_first=True
-            ),
         }
+        if len(set(map(len, rows))) > 1:  # a mask that hides nothing costs time
+            ones = [torch.ones_like(row) for row in rows]
+            inputs["attention_mask"] = pad_sequence(ones, batch_first=True)
         self.config.pad_token_id = pad
         logits = self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits
         self.config.pad_token_id = self.tokenizer.pad_token_id

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import ranks
 from utils.errors import stop
 from utils.files import read_rows, write_atomically, writing
 from utils.keyed import seed_torch
@@ -22,9 +23,10 @@ def majority_vote(
     pseudo_labels.jsonl in the run's folder keeps the votes, batch by batch: a batch that stands
     there is not sampled again, and one that was cut off gives the same votes once more."""
     file = run.folder / "pseudo_labels.jsonl"
-    rows = read_votes(file, args.vote_samples)
+    rows = ranks.from_first(lambda: read_votes(file, args.vote_samples))
     problems = list({problem.key: problem for problem in problems}.values())
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    write = ranks.by_first(write_atomically)
+    write(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
     batch = max(1, args.rollout_batch_size // args.vote_samples)
     for start in range(0, len(problems), batch):
         some = problems[start : start + batch]
@@ -43,8 +45,7 @@ def majority_vote(
             for key, count in votes.items()
             if key not in rows
         }
-        with writing(file), file.open("a") as out:
-            out.writelines(json.dumps(row) + "\n" for row in new.values())
+        append(file, new)
         rows |= new
     labels = {problem.key: rows[problem.key]["label"] for problem in problems}
     agreement = [
@@ -64,6 +65,12 @@ def majority_vote(
         f"{sum(agreement) / max(1, len(agreement)):.3f}, {accuracy}, {sum(not label for label in labels.values())} without an answer"
     )
     return labels
+
+
+@ranks.by_first
+def append(file: Path, rows: dict[str, dict]) -> None:
+    with writing(file), file.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows.values())
 
 
 def read_votes(file: Path, samples: int) -> dict[str, dict]:
