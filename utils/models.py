@@ -293,15 +293,18 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-@torch.no_grad()
 def save_policy(policy: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the policy as plain transformers loads it: with LoRA the adapters are merged into the
-    weights, layer by layer on the CPU, in the precision of the frozen weights. The policy itself
-    stays as it is."""
-    if not has_adapters(policy):
-        policy.save_pretrained(folder)
+    """Write the policy as plain transformers loads it."""
+    save_merged(policy.get_base_model() if has_adapters(policy) else policy, folder)
+
+
+@torch.no_grad()
+def save_merged(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write a transformers model, its adapters, if it has such, merged into the weights, layer by
+    layer on the CPU, in the precision of the frozen weights. The model itself stays as it is."""
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        model.save_pretrained(folder)
         return
-    model = policy.get_base_model()
     state = {
         name.replace(".base_layer", ""): x
         for name, x in model.state_dict().items()

@@ -171,11 +171,11 @@ class Run:
         self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
         leaving = self.interrupt is not None
         if update % self.args.save_every == 0 or last or leaving:
-            state = {"critic": critic} if critic is not None else {}
-            state["optimizer"] = optimizer.state_dict()
+            state = {"optimizer": optimizer.state_dict()}
             state["scale"] = {self.args.reward_model: env.scale}
             ranks.check_equal(policy, critic)
-            save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state)
+            models = (policy, critic, env.chat.tokenizer)
+            save_checkpoint(self.folder, update, *models, state, self.flags)
         if leaving and not last:
             self.leave(f"after update {update}")
 
