@@ -220,8 +220,9 @@ def origin(flag: str, folder: Path) -> dict[str, Any]:
             raise ValueError("it names no script and model")
         return found
     except (OSError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         stop(
-            f"{flag} {folder}: no critic is there ({first_line(error)}); give the folder "
+            f"{flag} {folder}: no critic is there ({reason}); give the folder "
             "checkpoints/<update>/critic of a run (GRPO has none)"
         )
 

@@ -212,6 +212,7 @@ class Environment:
             row["messages"] = self.task.messages(episode.problem, episode.completions)
             row["outcome"] = self.measure([episode])
             text = [self.chat.tokenizer.decode(token) for token in episode.tokens[1:]]
+            row["ids"] = episode.tokens  # one more than texts: the first is never predicted
             row["tokens"] = {"text": text, "chosen": episode.chosen[1:]}
             for key in ("values", "advantages", "entropy", "rewards"):
                 if key in batch:
