@@ -179,6 +179,7 @@ def test_it_is_the_reward_and_nothing_else(folder, run_main):
 
 def test_it_rewards_dialogues(folder, run_main, dialogue_flags):
     flags = dialogue_flags | {"reward_model": None, "reward_fn": "user_rewards:quarter"}
+    flags |= {"max_turns": 2, "prompts_per_update": 2, "eval_size": 2}
     run = run_main("vrpo_dialogue", updates=1, truncated="grade", **flags)
     assert pd.read_csv(run / "metrics.csv")["reward/observed"][1] == pytest.approx(0.25)
 

@@ -339,7 +339,8 @@ def main(args: Args) -> None:
             f"--pass-at {' '.join(map(str, args.pass_at))}: must be between 1 and --samples ({args.samples})"
         )
     if args.critic and not args.task and not args.dataset:
-        args.task = origin("--critic", args.critic).get("task")
+        known = str(origin("--critic", args.critic).get("task"))
+        args.task = known if known in DEFAULTS else None
     defaults = DEFAULTS[args.task or "math"]
     names = (
         (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)
