@@ -273,15 +273,24 @@ def test_evaluate_and_tokens_read_it(run_main, tmp_path, tiny_data, monkeypatch)
     flags = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32, "eval_size": 2}
     runs = [run_main(name, updates=1, **flags) for name in ("vrpo_math", "grpo_baseline")]
     folder, out = runs[0] / "checkpoints" / "000001" / "critic", tmp_path / "out"
-    args = evaluate.Args(critic=folder, dataset=(str(tiny_data),), samples=2, out=out, device="cpu")
-    evaluate.main(dataclasses.replace(args, max_new_tokens=32))
+    args = evaluate.Args(
+        critic=folder, dataset=(str(tiny_data),), samples=2, out=out, device="cpu", batch_size=8,
+        max_new_tokens=32,
+    )  # fmt: skip
+    evaluate.main(dataclasses.replace(args, critic=None, model=str(folder.parent / "policy")))
+    plain = (out / "completions.jsonl").read_text()
+    evaluate.main(args)
     frame = pd.read_csv(out / "critic.csv").set_index(["decoding", "state"])
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert list(frame["answers"]) == [8, 8, 16, 16] and len(lines) == 24
+    for line, other in zip(lines, plain.splitlines(), strict=True):  # the same samples
+        assert line == json.loads(other) | {k: line[k] for k in ("first value", "last value")}
     greedy = pd.DataFrame([line for line in lines if line["decoding"] == "greedy"])
     assert greedy["last value"].mean() == pytest.approx(frame["value"]["greedy", "last"], abs=1e-5)
     assert greedy["right"].mean() == pytest.approx(frame["right"]["greedy", "first"])
     assert len(pd.read_csv(out / "calibration.csv")) == 20
+    with pytest.raises(SystemExit, match="--critic .*/nowhere: no critic is there"):
+        evaluate.main(dataclasses.replace(args, critic=folder / "nowhere"))
     page = tmp_path / "page.html"
     tokens.main(tokens.Args(runs=tuple(runs), out=page, rows=1, critic=folder))
     names = ["vrpo_math", "vrpo_math, by --critic", "grpo_baseline", "grpo_baseline, by --critic"]

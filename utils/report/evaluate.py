@@ -338,9 +338,10 @@ def main(args: Args) -> None:
         stop(
             f"--pass-at {' '.join(map(str, args.pass_at))}: must be between 1 and --samples ({args.samples})"
         )
-    if args.critic and not args.task and not args.dataset:
+    if args.critic:
         known = str(origin("--critic", args.critic).get("task"))
-        args.task = known if known in DEFAULTS else None
+        if known in DEFAULTS and not (args.task or args.dataset):
+            args.task = known
     defaults = DEFAULTS[args.task or "math"]
     names = (
         (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)

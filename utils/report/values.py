@@ -43,12 +43,14 @@ class KeptCritic:
         """For each token of an episode but the first the value of the state before it, 0 where the
         policy did not choose it."""
         found, size = [], self.args.rollout_batch_size
-        for start in range(0, len(episodes), size):
-            some = episodes[start : start + size]
-            batch = pack(some, self.chat.pad_id, self.policy.device)
-            seed_torch(self.args.seed, "kept critic", start)  # VRPO's code is drawn
-            grid = self.script.score_tokens(self.policy, self.critic, batch, self.args)["values"]
-            found += [row[: len(e.tokens) - 1].tolist() for row, e in zip(grid, some, strict=True)]
+        with torch.random.fork_rng():  # whoever samples answers goes on with his own draws
+            for start in range(0, len(episodes), size):
+                some = episodes[start : start + size]
+                batch = pack(some, self.chat.pad_id, self.policy.device)
+                seed_torch(self.args.seed, "kept critic", start)  # VRPO's code is drawn
+                scores = self.script.score_tokens(self.policy, self.critic, batch, self.args)
+                for row, episode in zip(scores["values"].tolist(), some, strict=True):
+                    found.append(row[: len(episode.tokens) - 1])
         return found
 
     def ends(self, episodes: list[Episode]) -> list[tuple[float, float]]:
