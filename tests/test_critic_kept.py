@@ -293,7 +293,7 @@ def test_evaluate_and_tokens_read_it(run_main, tmp_path, tiny_data, monkeypatch)
         evaluate.main(dataclasses.replace(args, critic=folder / "nowhere"))
     page = tmp_path / "page.html"
     tokens.main(tokens.Args(runs=tuple(runs), out=page, rows=1, critic=folder))
-    names = ["vrpo_math", "vrpo_math, by --critic", "grpo_baseline", "grpo_baseline, by --critic"]
+    names = ["vrpo_math", "vrpo_math --critic", "grpo_baseline", "grpo_baseline --critic"]
     text = page.read_text()
     places = [text.index(f"<b>{name}</b>") for name in names]
     assert places == sorted(places) and text.count("<small class='legend values'>") == 1

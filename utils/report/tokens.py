@@ -136,7 +136,7 @@ def add_critic(groups: list[tuple[str, dict[str, dict]]], folder: Path) -> None:
             shown = {key: table[key] for key in ("text", "chosen", "rewards")}
             shown["values"] = [round(value, 4) for value in values]
             rows[name] = row
-            rows[f"{name}, by --critic"] = row | {"tokens": shown}
+            rows["--critic" if len(lines) == 1 else f"{name} --critic"] = row | {"tokens": shown}
 
 
 def observed(row: dict) -> float:
