@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils.checkpoints import start_critic
 from utils.generation import generate
 from utils.keyed import coin, permutation, row_seeds, seed_torch
 from utils.models import frozen, load_policy, pick_device, save_memory, trainable, twin
@@ -83,6 +84,8 @@ class MethodArgs:
     """lambda of the critic's targets; 1 is the observed return"""
     critic_backbone: Literal["separate", "shared"] = "separate"
     """a second transformer that starts as the policy, or a head on the policy's hidden states"""
+    critic_init: str | None = None
+    """a run's checkpoints/<update>/critic to start from, in place of policy and a fresh head"""
     critic_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's backbone, if separate"""
     head_learning_rate: float = 1e-3
@@ -490,7 +493,7 @@ def main(args: Args) -> None:
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
     seed_torch(args.seed, "critic")
-    critic = Critic(policy, args).to(device)
+    critic = start_critic(Critic(policy, args), args).to(device)
     save_memory(args, policy, reference, critic.backbone)
     optimizer = make_optimizer(policy, critic, args)
     run = Run(args)
@@ -528,7 +531,7 @@ def main(args: Args) -> None:
         mask = batch["mask"]
 
         # --- 7.4 advantages ---
-        if update == 1:
+        if update == 1 and args.critic_init is None:
             nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
         batch["seed"] = row_seeds(mask, args.seed, "latent", update)  # VRPO: of the code
         ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log

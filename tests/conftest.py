@@ -144,7 +144,8 @@ def bare_world(args, chat, task=None):
     """An environment without data: for rollouts of problems made by hand."""
     env = Environment.__new__(Environment)
     env.args, env.chat, env.device = args, chat, torch.device("cpu")
-    env.task, env.reward_model, env.labels = task or MathTask([], [], {}), None, {}
+    env.task, env.labels = task or MathTask([], [], {}), {}
+    env.reward_model = env.reward_fn = None
     return env
 
 

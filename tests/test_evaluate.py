@@ -130,7 +130,7 @@ def test_what_is_refused(run_evaluate, tiny_model, tiny_data):
 
 
 def test_an_answer_that_was_cut_off_is_wrong_unless_told_otherwise():
-    cut = evaluate.Answered(None, ["#### 1"], finished=False, tokens=3)
+    cut = evaluate.Episode(None, completions=["#### 1"], finished=False)
     assert evaluate.judged(cut, Args()) == [""] and evaluate.judged(
         cut, Args(truncated="grade")
     ) == ["#### 1"]

@@ -259,7 +259,12 @@ def test_flags_of_a_foreign_run_are_refused(damage, copy, monkeypatch):
 
 
 def empty_state(folder):
-    forget(folder, "critic", "optimizer", "scale", "adapters")
+    forget(folder, "optimizer", "scale", "adapters")
+
+
+def no_critic(folder):
+    for critic in folder.glob("checkpoints/*/critic"):
+        shutil.rmtree(critic)
 
 
 def other_sizes(folder):
@@ -280,12 +285,12 @@ def other_model(folder):
         AutoModelForCausalLM.from_config(config).save_pretrained(checkpoint / "policy")
 
 
-def lacking_weights(folder):
+def lacking_weights(folder, model="policy", name="model.layers.1.mlp.up_proj.weight"):
     from safetensors.torch import load_file, save_file
 
-    for file in folder.glob("checkpoints/*/policy/model.safetensors"):
+    for file in folder.glob(f"checkpoints/*/{model}/model.safetensors"):
         weights = load_file(file)
-        del weights["model.layers.1.mlp.up_proj.weight"]
+        del weights[name]
         save_file(weights, file, {"format": "pt"})
 
 
@@ -309,10 +314,14 @@ def of_states(content):
 
 
 STATE_DAMAGES = {
-    "empty": (empty_state, "does not fit this run (it has no 'critic')"),
+    "empty": (empty_state, "does not fit this run (it has no 'optimizer')"),
     "older, no optimizer": (lambda f: forget(f, "optimizer"), "it has no 'optimizer'"),
     "older, no scale": (lambda f: forget(f, "scale"), "it has no 'scale'"),
-    "no critic": (lambda f: forget(f, "critic"), "it has no 'critic'"),
+    "no critic": (no_critic, "does not fit this run (No such file or directory"),
+    "a critic that lacks weights": (
+        lambda f: lacking_weights(f, "critic", "layers.1.mlp.up_proj.weight"),
+        "its critic lacks layers.1.mlp.up_proj.weight",
+    ),
     "another scale": (odd_scale, "does not fit this run"),
     "moments of other sizes": (other_sizes, "moments have other sizes"),
     "another model's size": (other_model, "does not fit this run"),

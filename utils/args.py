@@ -107,8 +107,10 @@ class TaskArgs:
 class RewardArgs:
     reward_model: str | None = None
     """a sequence classifier whose scores replace the truth as reward: a folder or hub id"""
+    reward_fn: str | None = None
+    """MODULE:FUNCTION that replaces the truth as reward: f(question, answer, completions) -> float"""
     noise: NOISES = "symmetric"
-    """channel between the clean reward, or the reward model's score, and the observed one"""
+    """channel between the clean reward, or the score in its place, and the observed one"""
     noise_rate: float = 0.2
     """probability of an error: symmetric, persistent, group, length"""
     false_negative_rate: float = 0.2
@@ -274,8 +276,15 @@ def check_flags(args: Any) -> None:
             f"--samples-per-prompt 1: --advantage {args.advantage} compares the samples of a prompt, "
             "so nothing would be learnt; give at least 2, or --advantage reinforce_pp"
         )
-    if args.noise == "majority-vote" and (args.task == "dialogue" or args.reward_model):
+    if args.reward_fn and args.reward_model:
+        stop(
+            f"--reward-fn {args.reward_fn} and --reward-model {args.reward_model}: one of them gives "
+            "the reward: --reward-model None leaves the other out"
+        )
+    if args.noise == "majority-vote" and (
+        args.task == "dialogue" or args.reward_model or args.reward_fn
+    ):
         stop(
             "--noise majority-vote: votes are on final answers, which neither dialogues nor "
-            "--reward-model have"
+            "--reward-model nor --reward-fn have"
         )

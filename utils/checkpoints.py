@@ -1,24 +1,30 @@
 """Checkpoints that survive a kill at any moment: written to a temporary name, checked by digest,
-renamed."""
+renamed. And the critics in them, from which another run may start."""
 
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from utils import ranks
 from utils.errors import stop
-from utils.models import first_line, has_adapters, save_policy
+from utils.files import parse
+from utils.models import first_line, has_adapters, save_merged, save_policy
 from utils.ranks import by_first, like, whole
 
 
@@ -36,20 +42,37 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def save_checkpoint(
-    run: Path, update: int, policy, tokenizer, state: dict[str, Any], card: str, keep: int = 2
+    run: Path,
+    update: int,
+    policy,
+    critic,
+    tokenizer,
+    state: dict[str, Any],
+    made_by: dict[str, Any],
+    card: str,
+    keep: int = 2,
 ) -> None:
-    """Write checkpoints/<update>: `policy/` in Hugging Face format with its model card, `state.pt`
-    and a manifest; keep the newest `keep`. Of a module in `state` what is trained is kept; with
-    LoRA the policy's adapters are in it too, and merged into the weights of `policy/`. Where those
-    are rounded to a source's bfloat16, the weights that are trained are in `state.pt` as well. What
-    is sharded is gathered."""
-    state = {
-        key: trained_state(value) if isinstance(value, nn.Module) else value
-        for key, value in state.items()
-    }
-    weights = {held_elsewhere(key): x for key, x in policy.state_dict().items()}
-    weights, state = whole(weights), whole(state)
-    write_checkpoint(run, update, policy, weights, tokenizer, state, card, keep)
+    """Write checkpoints/<update>: `policy/` in Hugging Face format with its model card; where there
+    is a critic, `critic/`, made by the script and flags `made_by`; `state.pt` and a manifest; keep
+    the newest `keep`. With LoRA the policy's adapters are in the state, and merged into the weights
+    of `policy/`. Where those are rounded to a source's bfloat16, the weights that are trained are
+    in the state as well. What is sharded is gathered."""
+    folder = run / "checkpoints" / f"{update:06d}"
+    weights = whole({held_elsewhere(key): x for key, x in policy.state_dict().items()})
+    heads, state = whole(trained_state(critic)) if critic else {}, whole(state)
+    adapters = {name: x for name, x in weights.items() if "lora_" in name}
+    if not adapters and policy.source_dtype != policy.dtype:
+        state["policy"] = weights
+
+    def write(into: Path) -> None:
+        save_policy(policy, into / "policy", weights)
+        tokenizer.save_pretrained(into / "policy")
+        (into / "policy" / "README.md").write_text(card, encoding="utf-8")
+        if critic is not None:
+            save_critic(critic, heads, into / "critic", {"update": update, **made_by})
+        torch.save({**state, "adapters": adapters}, into / "state.pt")
+
+    write_whole(folder, write, keep)
 
 
 def held_elsewhere(name: str) -> str:
@@ -58,27 +81,13 @@ def held_elsewhere(name: str) -> str:
 
 
 @by_first
-def write_checkpoint(
-    run: Path,
-    update: int,
-    policy,
-    weights: dict,
-    tokenizer,
-    state: dict[str, Any],
-    card: str,
-    keep: int,
-) -> None:
-    folder = run / "checkpoints" / f"{update:06d}"
-    temporary = folder.with_name(f"tmp-{folder.name}")
+def write_whole(folder: Path, write: Callable[[Path], None], keep: int) -> None:
+    """A checkpoint's folder as `write` fills it, or, whatever happens, none; of its run's older ones
+    the newest stay, `keep` in all."""
+    run, temporary = folder.parents[1], folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    adapters = {name: x for name, x in weights.items() if "lora_" in name}
-    if not adapters and policy.source_dtype != policy.dtype:
-        state["policy"] = weights
     try:
-        save_policy(policy, temporary / "policy", weights)
-        tokenizer.save_pretrained(temporary / "policy")
-        (temporary / "policy" / "README.md").write_text(card, encoding="utf-8")
-        torch.save({**state, "adapters": adapters}, temporary / "state.pt")
+        write(temporary)
         (temporary / "manifest.json").write_text(json.dumps(digests(temporary)))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -99,7 +108,8 @@ def restore(folder: Path, state: dict[str, Any], policy, critic, optimizer) -> d
     try:
         restore_policy(policy, folder, state)
         if critic is not None:
-            restore_critic(critic, state)
+            old = state.get("critic")  # of a version that kept no critic/
+            restore_critic(critic, old or kept_weights(folder.with_name("critic"), critic))
         restore_optimizer(optimizer, state["optimizer"])
         scales = state["scale"].items()
         return {name: pair and (float(pair[0]), float(pair[1])) for name, pair in scales}
@@ -136,17 +146,14 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
     policy.load_state_dict(own)
 
 
-def restore_critic(critic: nn.Module, state: dict[str, Any]) -> None:
+def restore_critic(critic: nn.Module, saved: dict[str, Tensor]) -> None:
     """Give the critic the trained weights of a checkpoint."""
-    saved, own = (
-        {name: x.shape for name, x in d.items()} for d in (state["critic"], trained_state(critic))
-    )
-    if saved != own:
+    if shapes(saved) != shapes(trained_state(critic)):
         stop(
             "--resume: the run's critic has other parts or sizes; leave the critic's flags as they were"
         )
     own = dict(critic.named_parameters())
-    critic.load_state_dict({k: like(x, own[k]) for k, x in state["critic"].items()}, strict=False)
+    critic.load_state_dict({k: like(x, own[k]) for k, x in saved.items()}, strict=False)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -171,6 +178,10 @@ def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the parameters that are trained: what is frozen is loaded again from where it
     came."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in state.items()}
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -205,3 +216,101 @@ def load_checkpoint(
         stop(f"--resume {run}: no undamaged checkpoint in {run / 'checkpoints'}")
     say(f"{run} has no checkpoint yet: starting at the beginning")
     return 0, None, None
+
+
+# ---- the critic ----
+
+
+def save_critic(
+    critic: nn.Module, state: dict[str, Tensor], folder: Path, made_by: dict[str, Any]
+) -> None:
+    """Write what of a critic is trained, `state`: its backbone, if it has one of its own, in Hugging Face
+    format; the rest, heads and with LoRA the backbone's adapters, as head.safetensors; and
+    critic.json: script, update and flags."""
+    folder.mkdir()
+    head = {name: x.cpu().contiguous() for name, x in state.items()}
+    if critic.backbone is not None:
+        own = [name for name in head if name.startswith("backbone.") and "lora_" not in name]
+        backbone = {name.removeprefix("backbone."): head.pop(name) for name in own}
+        save_merged(critic.backbone, folder, torch.float32, backbone)
+    save_file(head, folder / "head.safetensors")
+    (folder / "critic.json").write_text(json.dumps(made_by, indent=1))
+
+
+def kept_weights(folder: Path, critic: nn.Module) -> dict[str, Tensor]:
+    """The trained weights of a kept critic by the names that they have in `critic`; of a backbone
+    the adapters where `critic` has adapters, else all weights, adapters merged."""
+    head = load_file(folder / "head.safetensors")
+    if any("lora_" in name for name in trained_state(critic)):
+        return head
+    head = {name: x for name, x in head.items() if "lora_" not in name}
+    if not (folder / "config.json").exists():
+        return head
+    backbone, told = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    if lacks := sorted(told["missing_keys"]):
+        raise ValueError(f"its critic lacks {', '.join(lacks[:3])}")
+    return head | {f"backbone.{name}": x.detach() for name, x in backbone.named_parameters()}
+
+
+def origin(flag: str, folder: Path) -> dict[str, Any]:
+    """What critic.json says: the script, the update, the flags."""
+    try:
+        found = parse((folder / "critic.json").read_text(encoding="utf-8"))
+        if not isinstance(found["script"], str) or not isinstance(found["model"], str):
+            raise ValueError("it names no script and model")
+        return found
+    except (OSError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        stop(
+            f"{flag} {folder}: no critic is there ({reason}); give the folder "
+            "checkpoints/<update>/critic of a run (GRPO has none)"
+        )
+
+
+def script_of(flag: str, folder: Path) -> ModuleType:
+    """The script that made a critic, which alone knows how its values are read. It is imported when
+    the program runs, by the name in critic.json: no module of utils/ needs a script to be there."""
+    name = origin(flag, folder)["script"]
+    if not name.isidentifier() or not (Path(__file__).parents[1] / f"{name}.py").is_file():
+        stop(f"{flag} {folder}: it was made by {name}.py, which does not lie beside utils/")
+    script = importlib.import_module(name)
+    if not all(hasattr(script, part) for part in ("Args", "Critic", "score_tokens")):
+        stop(f"{flag} {folder}: {name}.py has no Args, Critic and score_tokens to read it with")
+    return script
+
+
+def start_critic(critic: nn.Module, args: Any) -> nn.Module:
+    """The critic, with --critic-init its weights those of a critic that a run has kept. One that
+    --resume is going to restore is left as it is."""
+    if args.critic_init is None or (args.resume and complete_checkpoints(args.resume)):
+        return critic
+    flag, folder = "--critic-init", Path(args.critic_init)
+    made, script = origin(flag, folder), Path(sys.argv[0]).stem
+    if made["script"] != script:
+        other = script_of(flag, folder).Critic
+        if inspect.getsource(other) != inspect.getsource(type(critic)):
+            stop(f"{flag} {folder}: {made['script']}.py made it, whose Critic is not {script}.py's")
+    same = ["critic_backbone", "quantile_heads", "quantiles"]  # no weight's size tells these
+    for name in same + ["lora_rank", "model"] * bool(args.lora_rank):  # adapters to frozen weights
+        if made.get(name) != getattr(args, name, None):
+            stop(f"{flag} {folder}: it was made with --{name.replace('_', '-')} {made.get(name)}")
+    fill(critic, flag, folder)
+    return critic
+
+
+def fill(critic: nn.Module, flag: str, folder: Path) -> None:
+    """Give `critic` the weights of a kept one."""
+    try:
+        saved = kept_weights(folder, critic)
+    except Exception as error:  # a foreign file can be anything
+        stop(f"{flag} {folder}: could not be read ({first_line(error)})")
+    there, wanted = shapes(saved), shapes(trained_state(critic))
+    if differing := sorted(n for n in there | wanted if there.get(n) != wanted.get(n)):
+        name = min(differing, key=lambda n: n.startswith("backbone."))  # a head says more
+        stop(
+            f"{flag} {folder}: it does not fit --model and the critic's flags: its {name} is "
+            f"{there.get(name, 'missing')}, where {wanted.get(name, 'none')} is wanted"
+        )
+    critic.load_state_dict(saved, strict=False)

@@ -346,14 +346,25 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-@torch.no_grad()
 def save_policy(policy: nn.Module, folder: str | os.PathLike, weights: dict | None = None) -> None:
-    """Write the policy as plain transformers loads it, in the dtype that it came in; with LoRA the
-    adapters are merged into the weights, layer by layer. The policy itself stays as it is.
-    `weights`, where they are not to be asked of the policy."""
+    """Write the policy as plain transformers loads it, in the dtype that it came in. `weights`,
+    where they are not to be asked of the policy."""
     model = policy.get_base_model() if has_adapters(policy) else policy
-    if has_adapters(policy) or weights is None:
-        weights = model.state_dict()
+    save_merged(model, folder, policy.source_dtype, weights)
+
+
+@torch.no_grad()
+def save_merged(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    dtype: torch.dtype,
+    weights: dict | None = None,
+) -> None:
+    """Write a transformers model, its adapters, if it has such, merged into the weights, layer by
+    layer. The model itself stays as it is. `weights`, where they are not to be asked of it."""
+    own = model.state_dict()
+    if weights is None or any("lora_" in name for name in own):
+        weights = own
     state = {
         name.replace(".base_layer", ""): x for name, x in weights.items() if "lora_" not in name
     }
@@ -363,16 +374,15 @@ def save_policy(policy: nn.Module, folder: str | os.PathLike, weights: dict | No
             weight = getattr(layer.get_base_layer(), part)
             state[f"{name.replace('.base_layer', '')}.{part}"] = (
                 weight.float() + layer.get_delta_weight("default").float()
-            ).to("cpu", model.source_dtype)
+            ).to("cpu", dtype)
     copies = {}  # of each tensor one: transformers knows tied weights by their address
     for name, x in state.items():
         if x.data_ptr() not in copies:
-            dtype = model.source_dtype if x.is_floating_point() else x.dtype
-            copies[x.data_ptr()] = x.to("cpu", dtype)
+            copies[x.data_ptr()] = x.to("cpu", dtype if x.is_floating_point() else x.dtype)
         state[name] = copies[x.data_ptr()]
     model.save_pretrained(folder, state_dict=state)
     config = copy.deepcopy(model.config)
-    config.dtype = model.source_dtype
+    config.dtype = dtype
     config.save_pretrained(folder)
 
 

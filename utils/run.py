@@ -177,12 +177,12 @@ class Run:
         last = update == self.args.updates
         leaving = self.asked_to_leave()
         if update % self.args.save_every == 0 or last or leaving:
-            state = {"critic": critic} if critic is not None else {}
-            state["optimizer"] = optimizer.state_dict()
+            state = {"optimizer": optimizer.state_dict()}
             state["scale"] = {self.args.reward_model: env.scale}
             ranks.check_equal(policy, critic)
             card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
-            save_checkpoint(self.folder, update, policy, env.chat.tokenizer, state, card)
+            models = (policy, critic, env.chat.tokenizer)
+            save_checkpoint(self.folder, update, *models, state, self.flags, card)
         if leaving and not last:
             self.leave(f"after update {update}")
 

@@ -85,8 +85,9 @@ TRUER = {
 
 
 def truer_reward(run: History) -> str:
-    if run.flags.get("reward_model"):
-        return "another --reward-model"
+    for flag in ("reward_model", "reward_fn"):
+        if run.flags.get(flag):
+            return f"another --{flag.replace('_', '-')}"
     return TRUER.get(
         run.flags.get("noise"), "problems whose answers are checked more surely (--dataset)"
     )
@@ -101,9 +102,10 @@ def smaller_steps(run: History) -> str:
 
 
 def useless_channel(run: History) -> Finding | None:
-    """The observed reward says next to nothing about the true one. (A reward model may be right
+    """The observed reward says next to nothing about the true one. (Another judge may be right
     about answers to one prompt and wrong between prompts, which this number does not see.)"""
-    if not run.has("reward/youden_j") or run.flags.get("reward_model"):
+    judged = run.flags.get("reward_model") or run.flags.get("reward_fn")
+    if not run.has("reward/youden_j") or judged:
         return None
     j = fmean(run.metrics["reward/youden_j"].values())
     if j >= 0.2:

@@ -6,6 +6,7 @@ avg@k, pass@k and maj@k.
     python -m utils.evaluate --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k HuggingFaceH4/MATH-500 \\
         allenai/ai2_arc:ARC-Challenge --max-new-tokens 512 --dtype bfloat16
     python -m utils.evaluate --model DIR --dataset HuggingFaceH4/aime_2024 --samples 16 --temperature 0.7
+    python -m utils.evaluate --critic runs/A/checkpoints/000040/critic  # policy, and what its critic foretells
 
 Prints a table and writes it (results.csv), every completion (completions.jsonl, batch by batch, so
 that Ctrl-C loses none) and the flags (args.json) to --out."""
@@ -34,12 +35,15 @@ from rich.table import Table
 from rich.text import Text
 
 from utils.args import DEFAULTS, check_ranges, check_temperature
+from utils.checkpoints import origin
 from utils.errors import stop, visible
 from utils.files import make_folder, write_atomically, writing
 from utils.generation import generate
 from utils.keyed import seed_torch
 from utils.models import Chat, load_policy, pick_device
+from utils.report.values import BINS, KeptCritic, calibration, measures
 from utils.world.data import DATASETS, load_split
+from utils.world.environment import Episode
 from utils.world.goals import UNSEEN
 from utils.world.problems import Problem, Task
 from utils.world.tasks import (
@@ -65,7 +69,9 @@ MEASURES = (
 class Args:
     model: str | None = None
     """a Hugging Face folder, such as a run's checkpoints/<update>/policy, or a hub id; default: the
-    task's embedded model"""
+    policy beside --critic, else the task's embedded model"""
+    critic: Path | None = None
+    """a run's checkpoints/<update>/critic, whose values are compared with the verdicts"""
     task: Literal["math", "science", "dialogue"] | None = None
     """how answers are judged; default: as the table of data sets says, else science where there are
     options, else math"""
@@ -113,17 +119,6 @@ class Args:
     """folder for the results; default: runs/evaluate__<model>__<time>"""
 
 
-@dataclass
-class Answered:
-    """One episode: its answers, whether the last one ended with EOS, and how many tokens they
-    have."""
-
-    problem: Problem
-    completions: list[str]
-    finished: bool
-    tokens: int
-
-
 def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem]]:
     """The task of a data set, and its problems."""
     if args.task == "dialogue":
@@ -167,51 +162,55 @@ def play(
     args: Args,
     temperature: float,
     what: str,
-    keep: Callable[[list[Answered]], None],
-) -> list[Answered]:
+    keep: Callable[[list[Episode]], None],
+) -> list[Episode]:
     """One episode of every problem, those with prompts of similar length together; `keep` is given
     every batch as it ends."""
     turns = args.max_turns if isinstance(task, DialogueTask) else 1
-    episodes = [Answered(p, [], True, 0) for p in problems]
+    episodes = [Episode(p) for p in problems]
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].prompt_ids))
     what = escape(visible(what))  # a bar's text may have markup
     for start in track(range(0, len(order), args.batch_size), description=what):
-        some = order[start : start + args.batch_size]
-        live = [(episodes[i], list(problems[i].prompt_ids)) for i in some]
-        for _ in range(turns):
-            answers = generate(
-                policy, chat, [ids for _, ids in live], args.max_new_tokens, temperature
-            )
+        live = some = [episodes[i] for i in order[start : start + args.batch_size]]
+        for episode in some:
+            episode.hear(episode.problem.prompt_ids)
+        for turn in range(turns):
+            prompts = [episode.tokens for episode in live]
+            answers = generate(policy, chat, prompts, args.max_new_tokens, temperature)
             following = []
-            for (episode, ids), answer in zip(live, answers, strict=True):
-                episode.completions.append(chat.decode(answer.tokens))
-                episode.finished = answer.tokens[-1] in chat.eos_ids
-                episode.tokens += len(answer.tokens)
-                reply = (
-                    task.reply(episode.problem, episode.completions)
-                    if turns > 1 and episode.finished
-                    else None
-                )
-                if reply is not None:
-                    following.append((episode, ids + answer.tokens + chat.user_turn_ids(reply)))
+            for episode, answer in zip(live, answers, strict=True):
+                episode.say(answer, chat)
+                if turn + 1 < turns and episode.finished:
+                    reply = task.reply(episode.problem, episode.completions)
+                    if reply is not None:
+                        episode.hear(chat.user_turn_ids(reply))
+                        following.append(episode)
             live = following
             if not live:
                 break
-        keep([episodes[i] for i in some])
+        keep(some)
     return episodes
 
 
-def write(file: TextIO, name: str, task: Task, args: Args, how: str, some: list[Answered]) -> None:
-    """Episodes as lines of completions.jsonl."""
+def write(
+    file: TextIO, name: str, task: Task, args: Args, critic: KeptCritic | None, told: dict, how: str,
+    some: list[Episode],
+) -> None:  # fmt: skip
+    """Episodes as lines of completions.jsonl; `told` collects verdicts, and the critic's values of
+    first and last states."""
+    ends = critic.ends(some) if critic else [()] * len(some)
     with writing(Path(file.name)):
-        for e in some:
+        for e, values in zip(some, ends, strict=True):
             line = {"data set": name, "decoding": how, **task.show(e.problem, e.completions)}
             right = task.grade(e.problem, judged(e, args))
-            file.write(json.dumps(line | {"finished": e.finished, "right": right}) + "\n")
+            line |= {"finished": e.finished, "right": right}
+            line |= dict(zip(("first value", "last value"), values, strict=False))
+            told.setdefault((name, how), []).append((right, *values))
+            file.write(json.dumps(line) + "\n")
         file.flush()
 
 
-def judged(episode: Answered, args: Args) -> list[str]:
+def judged(episode: Episode, args: Args) -> list[str]:
     """The answers as they are judged: one that was cut off is empty under --truncated wrong."""
     cut_off = args.truncated == "wrong" and not episode.finished
     return [*episode.completions[:-1], ""] if cut_off else episode.completions
@@ -234,17 +233,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     return center - half, center + half
 
 
-def row(name: str, measure: str, values: list[float], episodes: list[Answered]) -> dict:
+def row(name: str, measure: str, values: list[float], episodes: list[Episode]) -> dict:
     low, high = interval(values)
     if name.startswith(("=", "+", "-", "@")):
         name = f"'{name}"  # or a spreadsheet would take it for a formula
     return {
         "data set": name, "measure": measure, "problems": len(values), "value": mean(values), "low": low, "high": high,
-        "tokens": mean(e.tokens for e in episodes), "cut off": mean(not e.finished for e in episodes),
+        "tokens": mean(e.length for e in episodes), "cut off": mean(not e.finished for e in episodes),
     }  # fmt: skip
 
 
-def greedy_rows(name: str, task: Task, episodes: list[Answered], args: Args) -> list[dict]:
+def greedy_rows(name: str, task: Task, episodes: list[Episode], args: Args) -> list[dict]:
     """The task's measures; services that the training split of a schema does not have make rows of
     their own."""
     groups = {name: episodes}
@@ -264,7 +263,7 @@ def greedy_rows(name: str, task: Task, episodes: list[Answered], args: Args) -> 
 
 
 def sampled_rows(
-    name: str, task: Task, problems: list[Problem], episodes: list[Answered], args: Args
+    name: str, task: Task, problems: list[Problem], episodes: list[Episode], args: Args
 ) -> list[dict]:
     """avg@k, pass@k and maj@k of `episodes`, --samples for each problem in turn."""
     if isinstance(task, DialogueTask):  # as in the greedy rows, services known from training
@@ -293,6 +292,43 @@ def sampled_rows(
     return rows
 
 
+def write_table(file: Path, rows: list[dict]) -> None:
+    with writing(file), file.open("w", newline="") as text:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show_critic(out: Path, told: dict, console: Console) -> list[str]:
+    """Print and write how the critic's values foretell the verdicts; returns the files' names."""
+    rows, bins = [], []
+    places = [(*key, state) for key in told for state in ("last", "first")]
+    for name, how, state in places:
+        right, first, last = torch.tensor(told[name, how]).float().T
+        values = last if state == "last" else first
+        place = {"data set": name, "decoding": how, "state": state}
+        rows.append(place | measures(values, right))
+        bins.append([place | part for part in calibration(values, right)])
+    for name in dict.fromkeys(name for name, *_ in places):
+        scores = Table("decoding", "state", *list(rows[0])[3:])
+        scores.title = Text(f"critic, {visible(name)}")
+        parts = Table("decoding", "state", *(f"{i + 1} of {BINS}" for i in range(BINS)))
+        parts.title = "mean value and share right, from the lowest values to the highest"
+        for place, row, some in zip(places, rows, bins, strict=True):
+            if place[0] == name:
+                numbers = [f"{x:.3f}" if type(x) is float else str(x) for x in row.values()]
+                scores.add_row(*numbers[1:])
+                parts.add_row(*place[1:], *(f"{b['value']:.2f} {b['right']:.2f}" for b in some))
+        for table in (scores, parts):
+            table.title_justify, table.box = "left", box.SIMPLE
+            for column in table.columns[2:]:
+                column.justify = "right"
+            console.print(table)
+    write_table(out / "critic.csv", rows)
+    write_table(out / "calibration.csv", [part for some in bins for part in some])
+    return ["critic.csv", "calibration.csv"]
+
+
 def main(args: Args) -> None:
     check_ranges(args)
     check_temperature(args)
@@ -302,11 +338,16 @@ def main(args: Args) -> None:
         stop(
             f"--pass-at {' '.join(map(str, args.pass_at))}: must be between 1 and --samples ({args.samples})"
         )
+    if args.critic:
+        known = str(origin("--critic", args.critic).get("task"))
+        if known in DEFAULTS and not (args.task or args.dataset):
+            args.task = known
     defaults = DEFAULTS[args.task or "math"]
     names = (
         (args.schema.name,) if args.task == "dialogue" else args.dataset or (defaults["dataset"],)
     )
-    model = args.model or defaults["model"]
+    beside = args.critic and str(args.critic.parent / "policy")
+    model = args.model or beside or defaults["model"]
     out = (
         args.out or Path("runs") / f"evaluate__{Path(model).name}__{time.strftime('%Y%m%d-%H%M%S')}"
     )
@@ -315,6 +356,9 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
     policy = policy.to(getattr(torch, args.dtype))
+    critic = KeptCritic(args.critic, device) if args.critic else None
+    if critic and critic.chat.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        stop(f"--critic {args.critic}: its tokens are not those of --model {model}")
     loaded = {
         name: load_problems(args, name, chat) for name in names
     }  # before anything is computed
@@ -324,7 +368,7 @@ def main(args: Args) -> None:
         key: str(value) if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(args).items()
     }
-    rows = []
+    rows, told = [], {}
     with writing(out):
         out.mkdir(exist_ok=True)
         write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
@@ -332,7 +376,7 @@ def main(args: Args) -> None:
     with file:
         for name, (task, problems) in loaded.items():
             run = partial(play, policy, chat, task)
-            keep = partial(write, file, name, task, args)
+            keep = partial(write, file, name, task, args, critic, told)
             greedy = run(problems, args, 0.0, f"{name}, greedy", partial(keep, "greedy"))
             rows += greedy_rows(name, task, greedy, args)
             if args.samples:
@@ -341,10 +385,7 @@ def main(args: Args) -> None:
                 what = f"{name}, {args.samples} samples"
                 sampled = run(repeated, args, args.temperature, what, partial(keep, "sampled"))
                 rows += sampled_rows(name, task, problems, sampled, args)
-    with writing(out / "results.csv"), (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(out / "results.csv", rows)
     table = Table(title=Text(visible(model)), title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in ("measure", "value", "95 % interval", "problems", "tokens", "cut off"):
         table.add_column(
@@ -364,7 +405,10 @@ def main(args: Args) -> None:
         )
         table.add_row(f"  {r['measure']}", *numbers, f"{r['cut off']:.2f}")
     console.print(table)
-    console.print(visible(f"{out}: results.csv, completions.jsonl"))
+    files = ["results.csv", "completions.jsonl"]
+    if critic:
+        files += show_critic(out, told, console)
+    console.print(visible(f"{out}: {', '.join(files)}"))
 
 
 if __name__ == "__main__":

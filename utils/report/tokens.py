@@ -2,6 +2,7 @@
 
 python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
 python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
+python -m utils.tokens runs/A --critic runs/B/checkpoints/000040/critic   # and its values of the same tokens
 """
 
 import html
@@ -107,6 +108,35 @@ def pick(
     quiet = [q for q in prompts if q not in told]
     mixed = [q for pair in zip_longest(told, quiet) for q in pair if q is not None]
     return [(q, {name: rows[q] for name, rows in chosen.items()}) for q in mixed[:count]]
+
+
+def add_critic(groups: list[tuple[str, dict[str, dict]]], folder: Path) -> None:
+    """Below every run's line another one, with a kept critic's values of the same tokens."""
+    from utils.models import pick_device  # loads transformers, which a page alone does not need
+    from utils.report.values import KeptCritic
+    from utils.world.environment import Episode
+
+    critic = KeptCritic(folder, pick_device("auto"))
+    for _, rows in groups:
+        lines = list(rows.items())
+        rows.clear()
+        for name, row in lines:
+            table, ids = row["tokens"], row.get("ids")
+            try:
+                known = [critic.chat.tokenizer.decode(i) for i in ids[1:]] == table["text"]
+            except (TypeError, ValueError, OverflowError):
+                known = False
+            if not known:
+                stop(
+                    f"--critic {folder}: its tokens are not those of {name} (another tokenizer, or "
+                    "transcripts of an older version, without the tokens' numbers)"
+                )
+            nothing, chosen = [0.0] * len(ids), [False, *table["chosen"]]
+            (values,) = critic.values([Episode(None, ids, chosen, nothing, nothing)])
+            shown = {key: table[key] for key in ("text", "chosen", "rewards")}
+            shown["values"] = [round(value, 4) for value in values]
+            rows[name] = row
+            rows["--critic" if len(lines) == 1 else f"{name} --critic"] = row | {"tokens": shown}
 
 
 def observed(row: dict) -> float:
@@ -318,6 +348,8 @@ class Args:
     """page to write; the picture goes beside it as .png"""
     update: int | None = None
     """update of the samples; default: the last that all runs have"""
+    critic: Path | None = None
+    """a run's checkpoints/<update>/critic: its values of the same tokens, in lines of their own"""
     rows: int = 8
     """questions; half of them with a wrong reward, where there are such"""
     color: Literal["values", "advantages", "entropy"] = "values"
@@ -336,6 +368,8 @@ def main(args: Args) -> None:
         args.update,
         args.rows,
     )
+    if args.critic:
+        add_critic(groups, args.critic)
     colors = sorted(COLORS, key=lambda color: color != args.color)
     with writing(args.out):
         args.out.write_text(page(groups, colors), encoding="utf-8")

@@ -11,6 +11,7 @@ from utils.errors import stop
 from utils.generation import Answer
 from utils.tensors import Batch, turn_ends
 from utils.world.problems import Problem
+from utils.world.reward_fn import RewardFunction
 from utils.world.reward_model import load_reward_model, on_reward_scale
 from utils.world.tasks import load_task
 from utils.world.votes import majority_vote
@@ -75,6 +76,7 @@ class Environment:
         self.reward_model = None
         if args.reward_model:
             self.reward_model = load_reward_model(args.reward_model, device, args.micro_batch_size)
+        self.reward_fn = RewardFunction(args.reward_fn) if args.reward_fn else None
         self.scale: tuple[float, float] | None = None
         self.labels: dict[str, str] = {}
 
@@ -128,9 +130,16 @@ class Environment:
 
     def score(self, episodes: list[Episode], clean: Tensor) -> Tensor:
         """What the judge says (B,), before noise: the reward model's score on the scale of 0 and 1,
-        the verdict by the majority's labels, or the truth `clean`."""
+        the number of the user's function, the verdict by the majority's labels, or the truth
+        `clean`."""
         if self.reward_model:
             return self.score_turns(episodes, "episode")[:, -1]
+        if self.reward_fn:
+            asked = [(*self.task.asked(e.problem), e.completions) for e in episodes]
+            found = ranks.from_first(lambda: self.reward_fn.scores(asked))
+            if isinstance(found, str):
+                self.reward_fn.stop(found)
+            return self.limited(torch.tensor(found, device=self.device), episodes)
         if self.labels:
             labelled = [
                 replace(e, problem=replace(e.problem, answer=self.labels[e.problem.key]))
@@ -147,10 +156,14 @@ class Environment:
         if raw.isfinite().sum() < scored:  # NaN stands where an episode has no such turn
             stop(f"--reward-model {self.args.reward_model}: it gives scores that are no numbers")
         scores, self.scale = on_reward_scale(raw, self.scale)
-        if self.args.truncated == "wrong":
-            cut_off = ~self.finished(episodes)
-            scores[cut_off, -1] = scores[cut_off, -1].clamp(max=0.0)
+        scores[:, -1] = self.limited(scores[:, -1], episodes)
         return scores
+
+    def limited(self, scores: Tensor, episodes: list[Episode]) -> Tensor:
+        """Scores (B,), with --truncated wrong at most 0 for an episode that was cut off."""
+        if self.args.truncated != "wrong":
+            return scores
+        return torch.where(self.finished(episodes), scores, scores.clamp(max=0.0))
 
     def finished(self, episodes: list[Episode]) -> Tensor:
         """(B,) bool: not cut off."""
@@ -209,6 +222,7 @@ class Environment:
             row["messages"] = self.task.messages(episode.problem, episode.completions)
             row["outcome"] = self.measure([episode])
             text = [self.chat.tokenizer.decode(token) for token in episode.tokens[1:]]
+            row["ids"] = episode.tokens  # one more than texts: the first is never predicted
             row["tokens"] = {"text": text, "chosen": episode.chosen[1:]}
             for key in ("values", "advantages", "entropy", "rewards"):
                 if key in batch:

@@ -28,8 +28,8 @@ class Task:
     """What the tasks have in common.
 
     `train` and `test` are lists of Problem; `dropped` counts the problems that were left out, by
-    reason. A task also has `grade(problem, completions)`, `reply(problem, completions)`,
-    `messages(problem, completions)` and `measure(pairs)`."""
+    reason. A task also has `asked(problem)`, `grade(problem, completions)`, `reply(problem,
+    completions)`, `messages(problem, completions)` and `measure(pairs)`."""
 
     def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):
         self.train, self.test, self.dropped = train, test, dropped

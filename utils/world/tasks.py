@@ -34,6 +34,10 @@ class MathTask(Task):
             return float(choose(completions[-1], problem.options) == problem.answer)
         return float(is_correct(completions[-1], problem.answer, self.words))
 
+    def asked(self, problem: Problem) -> tuple[str, str]:
+        """Question and reference, of options the letter, as --reward-fn is given them."""
+        return problem.key, str(problem.answer)
+
     def final_answer(self, problem: Problem, completion: str) -> str:
         """The final answer in a form in which equal letters, numbers, words or expressions are
         equal strings: of equal expressions the first that came. "" where there is none."""
@@ -105,6 +109,10 @@ class DialogueTask(Task):
 
     def first_message(self, problem: Problem) -> str:
         return first_message(problem.answer, User(problem.answer, self.seed).open())
+
+    def asked(self, problem: Problem) -> tuple[str, str]:
+        """The first message and the goal, as --reward-fn is given them."""
+        return self.first_message(problem), str(problem.answer)
 
     def grade(self, problem: Problem, completions: list[str]) -> float:
         return outcome(problem.answer, completions, self.seed).gcr
