@@ -349,6 +349,8 @@ MATH += [
     ("nothing marked", "The train leaves at 8:15.", "15", False),
     ("nothing marked", "The point is (4, 7).", "7", False),
     ("nothing marked", "The point is (4, 7).", "(4,7)", True),
+    ("nothing marked", "She lost 2, so she has 9 - 2 = 5 left.", "5", True),
+    ("nothing marked", "If he had 12, so there are 12-5=7 cups left.", "7", True),
     ("nothing marked", "They meet in room B12.", "12", False),
     ("nothing marked", "So we get $3x + 2$.", "2", False),
     ("nothing marked", "So we get $x = 18$.", "18", True),
@@ -367,6 +369,8 @@ MATH += [
     ("degree", r"\boxed{60^\circ}", "60", True),
     ("root", r"\boxed{\sqrt{\frac{1}{k}}}", r"\frac{1}{\sqrt{k}}", True),
     ("root", r"\boxed{\sqrt{a/b}}", r"\frac{\sqrt{a}}{\sqrt{b}}", True),
+    ("root", r"\boxed{5x\sqrt{2x}}", r"\sqrt{50x^3}", True),
+    ("root", r"\boxed{x}", "|x|", False),
     ("root", r"\boxed{\sqrt{\frac{2}{g}}}", r"\frac{2}{\sqrt{g}}", False),
     ("expression", r"\boxed{3t}", "3", False),
     ("expression", "The answer is 2 sqrt(3).", r"2\sqrt{3}", True),
@@ -439,7 +443,7 @@ CHOICE += [
     ("tag", "<answer>b) nitrogen</answer>", "B", True, THINGS),
     ("tag", "<answer>C. milk</answer>", "B", False, THINGS),
     ("tag", "The answer is b) nitrogen.", "B", True, THINGS),
-    ("left", r"\boxed{\sqrt{8}}", "B", True, (r"\sqrt{2}", r"2\sqrt{2}")),
+    ("number option", r"\boxed{\sqrt{8}}", "B", True, (r"\sqrt{2}", r"2\sqrt{2}")),
 ]  # fmt: skip
 
 WORDS += [
