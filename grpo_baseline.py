@@ -6,15 +6,15 @@ Differs from ppo_baseline.py in:
     for all its tokens.
  2. --advantage has the relatives too: dr_grpo (no division by the group's deviation, arXiv
     2503.20783), rloo (leave one out, arXiv 2402.14740), reinforce_pp (normalised over the batch,
-    arXiv 2501.03262).
+    arXiv 2501.03262), forward (a constant baseline for a known rate of false negatives, arXiv
+    2510.00915).
  3. --loss-norm says how tokens are averaged: over the minibatch, within each episode first, or by a
     constant.
- 4. With known error rates, --assumed-false-negative-rate and --assumed-false-positive-rate undo
-    their bias (arXiv 2510.00915). Centring cancels the shift and AdamW the scale, so that nothing
-    changes but rounding (docs/details.md).
 
     python grpo_baseline.py                          # embedded model and data, 20 % flips
     python grpo_baseline.py --advantage dr_grpo --loss-norm constant
+    python grpo_baseline.py --advantage forward --loss-norm constant \
+        --assumed-false-negative-rate 0.2
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
-from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import frozen, load_policy, pick_device, save_memory, trainable
@@ -72,14 +71,12 @@ class UpdateArgs:
 
 @dataclass
 class MethodArgs:
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
-    """how a score becomes an advantage; all but reinforce_pp compare within the group"""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "forward"] = "grpo"
+    """how a score becomes an advantage; the first three compare within the group"""
     loss_norm: Literal["token", "sequence", "constant"] = "token"
     """tokens count alike; episodes do; or the sum is divided by episodes x turns x new tokens"""
     assumed_false_negative_rate: float = 0.0
-    """noise correction: the P(0 | right) that is undone"""
-    assumed_false_positive_rate: float = 0.0
-    """noise correction: the P(1 | wrong) that is undone"""
+    """P(0 | right) that --advantage forward corrects for"""
 
 
 @dataclass
@@ -240,27 +237,30 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 # GRPO: in place of GAE
-def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
+def group_advantages(scores: Tensor, args: Args) -> Tensor:
     """(16) Advantages (B,) of scores (B,), the rows of a group standing together.
 
     GRPO: (r - mean) / (std + 1e-4) of the group; dr_grpo: r - mean; rloo: r - mean of the others;
-    reinforce_pp: r, which main() then whitens over the tokens of the batch. But for the last, the
-    advantage of a group of one is 0."""
+    of a group of one all three are 0. reinforce_pp: r, which main() then whitens over the tokens of
+    the batch; forward: (18)."""
+    kind, size = args.advantage, args.samples_per_prompt
     if kind == "reinforce_pp":
         return scores
-    groups = scores.view(-1, group_size)
+    if kind == "forward":
+        return forward_correction(scores, args.assumed_false_negative_rate)
+    groups = scores.view(-1, size)
     centred = groups - groups.mean(1, keepdim=True)
-    if kind == "grpo" and group_size > 1:
+    if kind == "grpo" and size > 1:
         centred = centred / (groups.std(1, keepdim=True) + 1e-4)
-    if kind == "rloo" and group_size > 1:
-        centred = centred * group_size / (group_size - 1)
+    if kind == "rloo" and size > 1:
+        centred = centred * size / (size - 1)
     return centred.flatten()
 
 
-def correct_noise(scores: Tensor, false_negative_rate: float, false_positive_rate: float) -> Tensor:
-    """(18) GRPO under noise: unbiased estimate of the clean reward under known error rates,
-    (r - FP) / (1 - FP - FN) (arXiv 2510.00915)."""
-    return (scores - false_positive_rate) / (1 - false_positive_rate - false_negative_rate)
+def forward_correction(scores: Tensor, false_negative_rate: float) -> Tensor:
+    """(18) GRPO under noise: advantages (B,) r - (1 - FN) (arXiv 2510.00915). Of rewards that err
+    with rates FN and FP the mean is 0 for a right answer, -(1 - FN - FP) for a wrong one."""
+    return scores - (1 - false_negative_rate)
 
 
 # ==== 6. Losses ===================================================================================
@@ -295,8 +295,6 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
 
 def main(args: Args) -> None:
     check_flags(args)
-    if args.assumed_false_negative_rate + args.assumed_false_positive_rate >= 1:  # GRPO
-        stop("--assumed-false-negative-rate plus --assumed-false-positive-rate must be below 1")
     device = pick_device(args.device, args.tf32, args.deterministic)
     dtype = getattr(torch, args.dtype)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -340,11 +338,7 @@ def main(args: Args) -> None:
         with precision:
             scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
         observed = observe(args, scores, episodes, update)  # (B,)
-        # GRPO: known error rates, if any, are undone
-        corrected = correct_noise(
-            observed, args.assumed_false_negative_rate, args.assumed_false_positive_rate
-        )
-        rewards = place_rewards(corrected, batch["mask"])  # (B, T)
+        rewards = place_rewards(observed, batch["mask"])  # (B, T)
         batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
         mask = batch["mask"]
 
@@ -358,8 +352,7 @@ def main(args: Args) -> None:
             rewards = rewards - args.kl_coef * kl
         # GRPO: one score an episode, one advantage for all its tokens
         scores = rewards.sum(1)
-        advantages = group_advantages(scores, args.samples_per_prompt, args.advantage)
-        advantages = advantages.unsqueeze(1) * mask
+        advantages = group_advantages(scores, args).unsqueeze(1) * mask
         batch |= {"ref_logprobs": ref_logprobs, "advantages": advantages}
         if args.advantage == "reinforce_pp":
             batch["advantages"] = whiten(advantages, mask)
@@ -409,9 +402,8 @@ def main(args: Args) -> None:
 
         # --- 7.6 log: docs/metrics.md ---
         # GRPO: the advantages of the clean rewards, to compare
-        clean_scores = scores + clean - corrected
-        clean_advantages = group_advantages(clean_scores, args.samples_per_prompt, args.advantage)
-        clean_advantages = clean_advantages.unsqueeze(1) * mask
+        clean_scores = scores + clean - observed
+        clean_advantages = group_advantages(clean_scores, args).unsqueeze(1) * mask
         groups = scores.view(-1, args.samples_per_prompt)
         row = {
             **metrics.of_update(clock, averages, optimizer, episodes, update),

@@ -37,8 +37,6 @@ from utils.report import style  # noqa: E402
 from utils.run import write_atomically  # noqa: E402
 
 RIVALS = ("PPO", "GRPO")  # whom VRPO is compared with in every arm
-# the same method but for rounding: what separates these two separates nothing
-TWINS = ("corrected GRPO", "Dr.GRPO")
 CONTROLS = ("no noise", "coin")  # arms that no average is taken over
 ENOUGH = 5  # seeds for a bootstrap interval
 RATES = {
@@ -241,8 +239,7 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
     parts.append(scores("last", "Last score"))
     if not brief:
         parts.append(scores("lost", "Lost since the peak"))
-    pairs = [*(("VRPO", rival) for rival in RIVALS), TWINS]
-    if pairs := [pair for pair in pairs if set(pair) <= set(methods)]:
+    if pairs := [("VRPO", rival) for rival in RIVALS if {"VRPO", rival} <= set(methods)]:
         rows = []
         for arm in arms:
             numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
@@ -250,23 +247,21 @@ def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
             rows.append([in_words(arm), *(word for pair in words for word in pair)])
         header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
         warning = "one comparison in twenty comes out as better or worse by luck"
-        if TWINS in pairs:
-            warning += "; the last pair is one method twice"
         about = "Mean differences of runs of the same seed, with 95 % intervals by Student's t"
         parts.append(f"{about} ({warning}):\n\n" + markdown(header, rows))
     return "\n\n".join([*parts, told_apart(runs, arms, methods), overall(name, runs, methods)])
 
 
 def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
-    """In how many of all pairs of methods (without the second twin) the interval of the paired
-    difference leaves zero, by arm."""
-    pairs = list(combinations([method for method in methods if method != TWINS[0]], 2))
+    """In how many of all pairs of methods the interval of the paired difference leaves zero, by
+    arm."""
+    pairs = list(combinations(methods, 2))
     count = {}
     for arm in arms:
         words = [verdict(*student(difference(runs, arm, *pair))[1:]) for pair in pairs]
         count[arm] = sum(word in ("better", "worse") for word in words)
     words = ", ".join(f"{in_words(arm)}: {n}" for arm, n in count.items())
-    about = f"Of the {len(pairs)} pairs of different methods in an arm, the intervals of so many"
+    about = f"Of the {len(pairs)} pairs of methods in an arm, the intervals of so many"
     luck = f"by luck alone about {len(pairs) / 20:.0f} would"
     return f"{about} leave zero ({luck}): {words}.\n"
 

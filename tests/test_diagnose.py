@@ -102,6 +102,12 @@ def test_each_failure_alone(findings, name, since, flags, changed):
     assert f"{name} (from update {finding.since})" in str(finding)
 
 
+def test_equal_groups_still_teach_a_method_that_does_not_compare_them(findings):
+    equal = {"grpo__zero_variance_groups": line(0.5, 1.0)}
+    assert findings({"advantage": "forward"}, **equal) == []
+    assert findings({"advantage": "dr_grpo"}, **equal) != []
+
+
 def test_since_is_where_the_trouble_begins(findings):
     lengths = [20.0] * 15 + [40.0] * 15
     (finding,) = findings(charts__response_length=lengths, reward__clean=line(0.5, 0.5))

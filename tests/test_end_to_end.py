@@ -200,8 +200,8 @@ def test_bad_flags_name_themselves(run_main):
     ):
         with pytest.raises(SystemExit, match=message):
             run_main("vrpo_math", **flags)
-    with pytest.raises(SystemExit, match="--assumed-false-negative-rate"):
-        run_main("grpo_baseline", assumed_false_negative_rate=0.5, assumed_false_positive_rate=0.5)
+    with pytest.raises(SystemExit, match="--advantage grpo does not read it"):
+        run_main("grpo_baseline", assumed_false_negative_rate=0.2)
 
 
 def test_bad_command_lines_end_with_one_sentence(shell, tmp_path):
@@ -241,7 +241,8 @@ def test_two_turns(name, run_main):
 
 
 @pytest.mark.parametrize("flags", [
-    {"advantage": "dr_grpo", "loss_norm": "constant", "assumed_false_negative_rate": 0.2, "assumed_false_positive_rate": 0.1},
+    {"advantage": "dr_grpo", "loss_norm": "constant"},
+    {"advantage": "forward", "loss_norm": "constant", "assumed_false_negative_rate": 0.2},
     {"advantage": "rloo", "loss_norm": "sequence", "kl_coef": 0.1, "kl_in": "loss"},
     {"advantage": "reinforce_pp", "kl_coef": 0.1, "truncated": "mask", **EMBEDDED},
 ])  # fmt: skip

@@ -71,10 +71,9 @@ def test_the_grid():
     assert {method.script for method in e.methods.values()} == {
         "ppo_baseline", "grpo_baseline", "vrpo_math", "dvpo_math", "robust_ppo_baseline",
     }  # fmt: skip
-    # methods differ in every arm, but a correction for no errors is none
-    for arm in e.arms:
+    for arm in e.arms:  # methods differ in every arm
         digests = [job.digest for job in bench.jobs_of("noise_grid", (1,)) if job.arm == arm]
-        assert len(set(digests)) == len(digests) - (arm == "no noise")
+        assert len(set(digests)) == len(digests)
     for arm in ("false positives", "false negatives", "symmetric 0.2"):
         flags = e.arms[arm]
         rates = [
@@ -82,7 +81,12 @@ def test_the_grid():
             for sign in ("positive", "negative")
         ]
         assert 1 - sum(rates) == pytest.approx(0.6)  # the same J
-        assert list(e.extra["corrected GRPO", arm].values()) == rates
+    told = {arm: e.extra["forward GRPO", arm]["assumed_false_negative_rate"] for arm in e.arms}
+    assert told == {
+        "no noise": 0, "symmetric 0.1": 0.1, "symmetric 0.2": 0.2, "symmetric 0.3": 0.3,
+        "persistent 0.2": 0.2, "false positives": 0.05, "false negatives": 0.35, "length": 0,
+        "majority vote": 0.2, "coin": 0.2,
+    }  # fmt: skip
     assert not set(experiments.EXPERIMENTS["tuning"].seeds) & set(e.seeds)
 
 
@@ -337,7 +341,10 @@ def test_the_list_finds_every_committed_row(capsys):
         committed = set(bench.keys(bench.results(name)))
         assert committed == {job.key for job in bench.jobs_of(name)} & committed, name
         assert int(done) == len(committed) > 0, name
-        assert name in ("dialogue", "word_problems", "arc_easy") or int(runs) == int(done)
+        left = [job for job in bench.jobs_of(name) if job.key not in committed]
+        assert int(runs) == int(done) + len(left)
+        if name not in ("dialogue", "word_problems", "arc_easy"):
+            assert {job.method for job in left} <= {"forward GRPO"}  # still to be made
 
 
 # ---- the report ----
@@ -423,8 +430,7 @@ def test_report_of_a_grid(made_up, tmp_path):
     }
     expected = "| 20 % flips | +0.200 (+0.200 to +0.200) | better | +0.003 (-0.142 to +0.149) |"
     expected += " not told apart |"
-    twice = "+0.000 (+0.000 to +0.000) | not told apart |"  # one method twice
-    assert rows["20 % flips"] == f"{expected} {twice}"
+    assert rows["20 % flips"] == expected
     assert "Last score (mean, 3 seeds)" in text and rows["VRPO"].startswith(
         "| VRPO | 0.770 ("
     )  # last of its rows
@@ -435,9 +441,9 @@ def test_report_of_a_grid(made_up, tmp_path):
         and text.split("Mean differences")[1].split("<!--")[0].strip() in whole
     )
     apart = ", ".join(
-        f"{report.in_words(arm)}: 7" for arm in experiments.ARMS
-    )  # PPO from each of the others, and nobody else; a twin does not count
-    assert "Of the 28 pairs" in text and f"(by luck alone about 1 would): {apart}." in text
+        f"{report.in_words(arm)}: 8" for arm in experiments.ARMS
+    )  # PPO from each of the others, and nobody else
+    assert "Of the 36 pairs" in text and f"(by luck alone about 2 would): {apart}." in text
     lost = whole.split("Lost since the peak (mean and range, 3 seeds):")[1]
     assert "| PPO | 0.330" in lost and "| VRPO | 0.000" in lost
     overall = text.split("Over the 8 arms other than no noise and coin, 3 seeds")[1]

@@ -84,7 +84,8 @@ def test_sizes_devices_and_groups_that_make_no_sense():
     for advantage in ("grpo", "dr_grpo", "rloo"):
         args = grpo(samples_per_prompt=1, advantage=advantage)
         refused(lambda args=args: check_flags(args), "--samples-per-prompt 1", advantage)
-    check_flags(grpo(samples_per_prompt=1, advantage="reinforce_pp"))
+    for advantage in ("reinforce_pp", "forward"):
+        check_flags(grpo(samples_per_prompt=1, advantage=advantage))
     check_flags(ppo(samples_per_prompt=1))
 
 

@@ -273,6 +273,13 @@ def test_advantage_noise():
 # ---- GRPO ----
 
 
+def group_advantages(scores, size, kind, false_negative_rate=0.0):
+    args = grpo.Args(
+        samples_per_prompt=size, advantage=kind, assumed_false_negative_rate=false_negative_rate
+    )
+    return grpo.group_advantages(scores, args)
+
+
 def test_group_advantages_by_hand():
     scores = torch.tensor(
         [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
@@ -280,19 +287,17 @@ def test_group_advantages_by_hand():
     std = (2 / 9) ** 0.5 * (3 / 2) ** 0.5
     expected = torch.tensor([2 / 3, -1 / 3, -1 / 3]) / (std + 1e-4)
     assert torch.allclose(
-        grpo.group_advantages(scores, 3, "grpo"), torch.cat([expected, torch.zeros(3)])
+        group_advantages(scores, 3, "grpo"), torch.cat([expected, torch.zeros(3)])
     )
     assert torch.allclose(
-        grpo.group_advantages(scores, 3, "dr_grpo")[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3])
+        group_advantages(scores, 3, "dr_grpo")[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3])
     )
-    assert torch.allclose(
-        grpo.group_advantages(scores, 3, "rloo")[:3], torch.tensor([1.0, -0.5, -0.5])
-    )
+    assert torch.allclose(group_advantages(scores, 3, "rloo")[:3], torch.tensor([1.0, -0.5, -0.5]))
     assert (
-        grpo.group_advantages(scores, 3, "reinforce_pp") == scores
+        group_advantages(scores, 3, "reinforce_pp") == scores
     ).all()  # whitened over the tokens in main()
     for kind in ("grpo", "dr_grpo", "rloo"):
-        assert (grpo.group_advantages(scores, 1, kind) == 0).all()
+        assert (group_advantages(scores, 1, kind) == 0).all()
 
 
 def test_grpo_matches_the_formula_of_trl():
@@ -301,7 +306,7 @@ def test_grpo_matches_the_formula_of_trl():
     torch.manual_seed(0)
     r = torch.rand(24)
     mean, std = (f(r.view(-1, 8), 1).repeat_interleave(8) for f in (torch.mean, torch.std))
-    assert torch.allclose(grpo.group_advantages(r, 8, "grpo"), (r - mean) / (std + 1e-4))
+    assert torch.allclose(group_advantages(r, 8, "grpo"), (r - mean) / (std + 1e-4))
 
 
 def test_loss_norms():
@@ -314,14 +319,31 @@ def test_loss_norms():
     assert means == pytest.approx({"token": 10 / 5, "sequence": (1 + 6) / 2, "constant": 10 / 20})
 
 
-def test_noise_correction_is_unbiased():
-    fn, fp = 0.3, 0.1
-    for clean in (0.0, 1.0):
-        p_one = 1 - fn if clean else fp
-        expected = p_one * grpo.correct_noise(torch.tensor(1.0), fn, fp) + (
-            1 - p_one
-        ) * grpo.correct_noise(torch.tensor(0.0), fn, fp)
-        assert expected.item() == pytest.approx(clean, abs=1e-6)
+@pytest.mark.parametrize("fn, fp", [(0.3, 0.1), (0.2, 0.2), (0.0, 0.4), (0.0, 0.0)])
+def test_the_forward_correction_follows_the_clean_gradient(fn, fp):
+    """All answers and all that may be told of them, each with its probability: the gradient of the
+    policy's loss is that of the clean rewards times 1 - FN - FP, whoever knows FN alone. An answer
+    that is right counts for nothing, one that is wrong for as much as rewards are told apart."""
+    logits = torch.tensor([0.5, -1.0, 0.2, 1.1, -0.3], dtype=torch.float64, requires_grad=True)
+    clean = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    answer = torch.arange(5).repeat(2)  # (10,): each answer, told 0 and told 1
+    told = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(5)
+    one = torch.where(clean == 1, 1 - fn, fp)[answer]
+    channel = torch.where(told == 1, one, 1 - one)
+    logprobs = logits.log_softmax(0)
+    weights = logprobs.exp().detach()[answer] * channel
+
+    def gradient(advantages):
+        x = logprobs[answer]
+        loss, _ = grpo.policy_loss(x, x.detach(), advantages, weights, 0.2)
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    advantages = group_advantages(told, 5, "forward", fn)
+    assert gradient(clean[answer]).abs().max() > 0.05
+    torch.testing.assert_close(gradient(advantages), (1 - fn - fp) * gradient(clean[answer]))
+    means = (channel * advantages).view(2, 5).sum(0)
+    torch.testing.assert_close(means, (clean - 1) * (1 - fn - fp))
+    torch.testing.assert_close(group_advantages(told, 5, "forward"), told - 1)
 
 
 # ---- VRPO ----

@@ -146,7 +146,7 @@ GROUPED = ("grpo", "dr_grpo", "rloo")  # advantages within a prompt's samples
 MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
 SHARES = (
     "noise_rate", "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda",
-    "assumed_false_negative_rate", "assumed_false_positive_rate", "token_ratio", "contamination",
+    "assumed_false_negative_rate", "token_ratio", "contamination",
     "label_noise", "length_bias", "learning_rate", "critic_learning_rate", "head_learning_rate",
 )  # fmt: skip
 MOST = 10**6  # of whatever is counted
@@ -274,7 +274,13 @@ def check_flags(args: Any) -> None:
     if args.samples_per_prompt == 1 and getattr(args, "advantage", "none") in GROUPED:
         stop(
             f"--samples-per-prompt 1: --advantage {args.advantage} compares the samples of a prompt, "
-            "so nothing would be learnt; give at least 2, or --advantage reinforce_pp"
+            "so nothing would be learnt; give at least 2, or --advantage reinforce_pp or forward"
+        )
+    rate = getattr(args, "assumed_false_negative_rate", 0)
+    if rate and args.advantage != "forward":
+        stop(
+            f"--assumed-false-negative-rate {rate}: --advantage {args.advantage} does not read it; "
+            "give --advantage forward"
         )
     if args.reward_fn and args.reward_model:
         stop(

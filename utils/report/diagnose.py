@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from utils.args import GROUPED
 from utils.errors import stop, visible
 from utils.report.plot import read_run
 
@@ -295,9 +296,11 @@ def dead_entropy(run: History) -> Finding | None:
 
 
 def silent_groups(run: History) -> Finding | None:
-    """The answers of a group all get the same reward, so they teach nothing."""
+    """The answers of a group all get the same reward, so they teach a method that compares them
+    nothing."""
     key = "grpo/zero_variance_groups"
-    if not run.has(key) or run.late(key) < 0.8:
+    compares = run.flags.get("advantage", "grpo") in GROUPED
+    if not compares or not run.has(key) or run.late(key) < 0.8:
         return None
     text = f"{key} is {run.late(key):.2f} over the last third of the run"
     advice = "harder or easier problems, more --samples-per-prompt"

@@ -1,8 +1,7 @@
 """One look for all figures: a method has its colour, line and marker wherever it is drawn.
 
-Solid lines have a critic, dashed ones none, dash-dotted ones values that are sampled, dotted ones
-are a method's twin. The colours are Okabe and Ito's, made for readers who cannot tell red from
-green, and some of Paul Tol's.
+Solid lines have a critic, dashed ones none, dash-dotted ones values that are sampled. The colours
+are Okabe and Ito's, made for readers who cannot tell red from green, and some of Paul Tol's.
 """
 
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ LOOKS = {
     "robust PPO": ("#CC79A7", "-", "v"),
     "GRPO": ("#000000", "--", "s"),
     "Dr.GRPO": ("#E69F00", "--", "P"),
-    "corrected GRPO": ("#8A5A00", ":", "x"),
+    "forward GRPO": ("#8A5A00", "--", "x"),
     "RLOO": ("#56B4E9", "--", "p"),
     "REINFORCE++": ("#882255", "--", "h"),
     "VinePPO": ("#999933", "-.", "*"),
@@ -47,7 +46,12 @@ SCRIPTS = {
     "robust_ppo_baseline": "robust PPO",
     "vine_ppo_baseline": "VinePPO",
 }
-ADVANTAGES = {"dr_grpo": "Dr.GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++"}
+ADVANTAGES = {
+    "dr_grpo": "Dr.GRPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "forward": "forward GRPO",
+}
 SHADES = (0.0, -0.5, 0.35, 0.6, -0.75)  # towards black below 0, towards white above
 MARKERS = "osD^vPX"
 
