@@ -100,7 +100,10 @@ def main(args: Args) -> None:
 
     def score_tokens(policy, critic, batch, args):
         learned = SCRIPT["score_tokens"](policy, critic, batch, args)["values"]
-        return {"learned": learned, "values": torch.lerp(learned, batch["oracle"], args.oracle_share)}
+        return {
+            "learned": learned,
+            "values": torch.lerp(learned, batch["oracle"], args.oracle_share),
+        }
 
     def advantages_and_targets(rewards, batch, args):
         advantages, _ = ADVANTAGES_AND_TARGETS(rewards, batch, args)
