@@ -143,6 +143,22 @@ def methods(*names: str) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
 
 
+def oracle(share: float, **flags) -> Method:
+    """PPO whose values are an oracle's for that share (benchmark/studies/oracle.py)."""
+    script = "benchmark.studies.oracle" if share else "ppo_baseline"
+    return Method(script, ({"oracle_share": share} if share else {}) | flags)
+
+
+def vine(samples: int, judge: str) -> Method:
+    return Method("vine_ppo_baseline", {"vine_samples": samples, "vine_judge": judge})
+
+
+# What a critic is worth: the oracle's share in PPO's values, and critics as they are. HALF is the
+# lambda at which the critic's word counts most.
+SHARES = (1.0, 0.0, 0.5, 0.25, 0.1)
+HALF: Flags = {"gae_lambda": 0.5}
+
+
 EXPERIMENTS = {
     "tuning": Experiment(
         "three learning rates of the policy for every method, on seeds and held-out problems of "
@@ -264,6 +280,33 @@ EXPERIMENTS = {
         {"once": {}},
         (1,),
         against=None,
+    ),
+    "critic_worth": Experiment(
+        "how much a critic must know of the steps before it pays: an oracle's share in PPO's values "
+        "by flips, and what the learned critics and VinePPO are worth",
+        SMALL,
+        {f"oracle {share:g}": oracle(share, **HALF) for share in SHARES}
+        | {"blind": oracle(1.0, oracle_knows="nothing", **HALF)}
+        | {"VRPO": Method("vrpo_math", HALF), "DVPO": Method("dvpo_math", HALF)}
+        | {"Vine 4": vine(4, "observed"), "Vine 4, clean": vine(4, "clean")},
+        {name: ARMS[name] for name in ("symmetric 0.3", "no noise", "symmetric 0.2")}
+        | {"symmetric 0.4": {"noise": "symmetric", "noise_rate": 0.4}},
+        against={"oracle 1": "oracle 0"},
+        seconds=75.0,
+    ),
+    "critic_lambda_and_error": Experiment(
+        "the same at 30 % flips: other lambdas, an oracle that errs, VinePPO with more samples",
+        SMALL | ARMS["symmetric 0.3"],
+        {
+            f"oracle {share:g}, lambda {lam:g}": oracle(share, gae_lambda=lam)
+            for lam in (0.95, 0.8)
+            for share in SHARES
+        }
+        | {f"error {x:g}": oracle(1.0, oracle_error=x, **HALF) for x in (0.1, 0.2, 0.4)}
+        | {"Vine 16": vine(16, "observed"), "Vine 16, clean": vine(16, "clean")},
+        {"symmetric 0.3": {}},
+        against=None,
+        seconds=90.0,
     ),
     "science_methods": Experiment(
         "the methods on science questions",

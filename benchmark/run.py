@@ -77,7 +77,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in self.flags.items()]
-        return [f"{self.script}.py", *(word for pair in pairs for word in pair)]
+        return [f"{self.script.replace('.', '/')}.py", *(word for pair in pairs for word in pair)]
 
     @property
     def digest(self) -> str:
