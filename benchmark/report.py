@@ -29,7 +29,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.experiments import ARMS, EXPERIMENTS  # noqa: E402
+from benchmark.experiments import ARMS, EXPERIMENTS, SHARES  # noqa: E402
 from benchmark.jobs import RESULTS  # noqa: E402
 from benchmark.run import jobs_of, keys, results  # noqa: E402
 from utils.errors import stop  # noqa: E402
@@ -44,6 +44,7 @@ RATES = {
     for arm, flags in ARMS.items()
     if flags["noise"] in ("none", "symmetric")
 }
+WORTH_RATES = RATES | {"symmetric 0.4": 0.4}
 TITLES = {
     "last": "last",
     "peak": "peak",
@@ -439,6 +440,33 @@ def differences(all_runs: dict[str, pd.DataFrame]):
     return figure
 
 
+def worth(runs: pd.DataFrame):
+    """What a critic's knowledge is worth: last score by share of flips, and by how much of the
+    clean returns the values explain in the last state of an episode; a line joins the oracle's
+    shares, marks are critics as they are."""
+    arms, methods = ordered("critic_worth", runs)
+    arms = sorted(arms, key=WORTH_RATES.get)
+    names = looks("critic_worth", methods)
+    figure, axes = style.panels(1 + len(arms), 3, (4.2, 3.2), sharey=True)
+    for method, look in names.items():
+        found = [(WORTH_RATES[a], values(runs, a, method).to_numpy()) for a in arms]
+        if found := [(x, y) for x, y in found if len(y)]:
+            spread(axes[0], found, look | {"label": method}, band=False)
+    style.name(axes[0], "by share of flips", "share of flipped rewards", measure(runs))
+    known = "critic/explained_variance_last"
+    for axis, arm in zip(axes[1:], arms, strict=True):
+        here = runs.loc[arm].groupby("method")[["last", known]].mean().dropna()
+        dose = here[here.index.isin([*(f"oracle {x:g}" for x in SHARES), "PPO, lambda 0.5"])]
+        dose = dose.sort_values(known)
+        axis.plot(dose[known], dose["last"], color="0.7", lw=1, zorder=0)
+        for method, (score, x) in here.iterrows():
+            axis.plot(x, score, **names[method] | {"ls": "", "markersize": 6})
+        axis.axhline(runs["start"].mean(), **WITHOUT)
+        style.name(axis, in_words(arm), "explained variance, last state (clean returns)")
+    style.legend(figure, axes)
+    return figure
+
+
 # ==== Main ========================================================================================
 
 
@@ -470,6 +498,8 @@ def text_of(name: str, runs: pd.DataFrame) -> str:
 def figures(name: str, frame: pd.DataFrame) -> dict:
     """The experiment's figures, by the names of their files."""
     runs, found = by_run(frame), {}
+    if name == "critic_worth":
+        return {name: worth(runs)}
     if name not in NO_CURVES:
         found[name] = curves(name, frame, runs)
     if EXPERIMENTS[name].grid:
