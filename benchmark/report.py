@@ -318,8 +318,30 @@ def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
     return f"Cells: {about}.\n\n" + markdown(header, rows)
 
 
+def worth_table(runs: pd.DataFrame) -> str:
+    """Methods by shares of flips: last score, and what the values know in the last state."""
+    arms, methods = ordered("critic_worth", runs)
+    arms, most = sorted(arms, key=WORTH_RATES.get), most_seeds(runs)
+    knows, calls = "critic/explained_variance_last", "charts/verifier_calls"
+    rows = [
+        [
+            method,
+            *(cell_of(values(runs, arm, method).to_numpy(), most, True) for arm in arms),
+            *(cell_of(values(runs, arm, method, knows).to_numpy(), most, True) for arm in arms),
+            cell_of(values(runs, "symmetric 0.3", method, calls).to_numpy(), most, True),
+        ]
+        for method in methods
+    ]
+    words = [in_words(arm) for arm in arms]
+    header = ["method", *words, *(f"last state: {word}" for word in words), "calls an update"]
+    about = "last accuracy; explained variance of clean returns in the last state; verifier calls"
+    return f"Cells: {kind(most, True)}: {about}.\n\n" + markdown(header, rows)
+
+
 def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
     """All tables of an experiment, or those for the pages."""
+    if brief and name == "critic_worth":
+        return worth_table(runs)
     return (grid_tables if EXPERIMENTS[name].grid else plain_table)(name, runs, brief)
 
 
