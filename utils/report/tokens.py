@@ -1,8 +1,10 @@
 """What a critic sees: sampled answers, token by token, coloured by value, advantage or entropy.
 
-python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
-python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
-python -m utils.tokens runs/A --critic runs/B/checkpoints/000040/critic   # and its values of the same tokens
+    python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
+    python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
+    python -m utils.tokens runs/A --critic runs/B/checkpoints/000040/critic   # and its values of the same tokens
+
+The page goes to --out, in one file that needs no network; the picture beside it.
 """
 
 import html
