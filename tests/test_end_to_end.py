@@ -19,8 +19,13 @@ EMBEDDED = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_two_updates(name, run_main):
+def test_two_updates(name, run_main, capsys):
     folder = run_main(name, plot=True)
+    diff = {
+        "ppo_baseline": "diff ppo_baseline.py vrpo_math.py",
+        "vrpo_dialogue": "diff vrpo_math.py vrpo_dialogue.py",
+    }
+    assert diff.get(name, f"diff ppo_baseline.py {name}.py") in capsys.readouterr().out
     frame = pd.read_csv(folder / "metrics.csv")
     assert frame["update"].tolist() == [0, 1, 2] and frame["charts/episodes"].tolist() == [0, 8, 16]
     assert frame["eval/accuracy"].notna().all() and frame["losses/policy"][1:].notna().all()

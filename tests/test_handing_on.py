@@ -1,6 +1,7 @@
 """What a run hands on: its flags to another run (--config), its policy with a model card and in the
 dtype that it came in, its metrics to a tracker."""
 
+import dataclasses
 import importlib
 import json
 import shlex
@@ -184,6 +185,8 @@ def test_cards(parse):
     assert ", peft " in card.text
     rows = [{"update": "0", "eval/average": "0.25"}, {"update": 4, "eval/average": 0.5}]
     assert "| before | 0 | 0.250 |\n| after | 4 | 0.500 |" in model_card(args, "run", 4, rows, 5)
+    mine = dataclasses.replace(args, reward_fn="rewards:short", reward_model=None)
+    assert "| reward | rewards:short |" in model_card(mine, "run", 4, rows, 5)
 
 
 # ---- trackers ----

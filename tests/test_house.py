@@ -38,7 +38,9 @@ def test_every_module_is_imported_by_its_full_name():
 )
 def test_short_names_of_the_commands(name, shell):
     done = shell([sys.executable, "-m", f"utils.{name}", "--help"])
-    assert done.returncode == 0 and f"python -m utils.{name}" in done.stdout
+    assert done.returncode == 0
+    assert f"usage: python -m utils.{name} " in done.stdout
+    assert f"\n    python -m utils.{name}" in done.stdout  # examples, each on a line of its own
 
 
 def room_of(name: str) -> str:

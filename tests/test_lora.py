@@ -25,6 +25,11 @@ def adapted(tiny_model):
     return policy
 
 
+def test_adapters_are_made_without_a_warning(tiny_model, recwarn):
+    load_policy(str(tiny_model), CPU, lora_rank=2)
+    assert not [w for w in recwarn if w.category is FutureWarning]
+
+
 def test_a_twin_shares_the_frozen_weights_and_copies_the_adapters(adapted):
     other = twin(adapted)
     pairs = list(zip(adapted.named_parameters(), other.parameters(), strict=True))

@@ -231,7 +231,7 @@ FLAG_DAMAGES = {
     "deep": ("[" * 100_000, "no readable args.json"),
     "no script": ({"script": None}, "no readable args.json"),
     "script of another type": ({"script": ["vrpo_math"]}, "no readable args.json"),
-    "another script": ({"script": "ppo_baseline"}, "another script"),
+    "another script": ({"script": "ppo_baseline"}, "ppo_baseline.py made that run"),
     "a number as text": ({"updates": "2"}, "updates '2', where one fits of: int"),
     "a fraction": ({"updates": 2.5}, "updates 2.5"),
     "a text as number": ({"model": 7}, "model 7"),

@@ -212,7 +212,7 @@ def saved_flags(cls: type, flag: str, path: Path) -> dict[str, Any]:
         stop(f"{flag} {path}: no readable args.json there (give a run, such as runs/<name>)")
     script, own = saved.pop("script"), Path(sys.argv[0]).stem
     if script != own and flag == "--resume":
-        stop(f"{flag} {path}: that run was made by another script")
+        stop(f"{flag} {path}: {script}.py made that run, and goes on with it")
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := sorted(saved.keys() - kinds.keys()):
         if script == own:

@@ -74,7 +74,7 @@ def model_card(args: Any, name: str, update: int, rows: list[dict[str, Any]], pr
         task=f"dialogue, {args.schema}"
         if args.task == "dialogue"
         else f"{args.task}, {args.dataset}",
-        reward=args.reward_model or "the task's own rule",
+        reward=args.reward_fn or args.reward_model or "the task's own rule",
         noise=", ".join([args.noise, *noise]),
         versions=", ".join(versions),
         scores=scores(rows, problems),

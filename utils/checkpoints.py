@@ -265,7 +265,7 @@ def origin(flag: str, folder: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or first_line(error)
         stop(
             f"{flag} {folder}: no critic is there ({reason}); give the folder "
-            "checkpoints/<update>/critic of a run (GRPO has none)"
+            "checkpoints/<update>/critic of a run (GRPO and VinePPO have none)"
         )
 
 

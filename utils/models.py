@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property, partial
@@ -244,7 +245,8 @@ def load_policy(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model = get_peft_model(model, config)  # it reads an attribute by transformers' old name
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for part in model.modules():  # learned positions end, rotary ones only grow unfamiliar
         if type(part) is nn.Embedding and part.num_embeddings == context:

@@ -1,8 +1,11 @@
 """One, two and three processes give the same run: completions equal, metrics to rounding.
 
-python benchmark/checks/ranks.py                     # all scripts, some minutes on two cores
-python benchmark/checks/ranks.py --scripts vrpo_math --processes 2
-python benchmark/checks/ranks.py --shard             # several processes with divided weights
+    python benchmark/checks/ranks.py                     # all scripts, some minutes on two cores
+    python benchmark/checks/ranks.py --scripts vrpo_math --processes 2
+    python benchmark/checks/ranks.py --shard             # several processes with divided weights
+
+Each run has two updates, in runs/ranks; held-out completions are compared as text, metrics
+by their relative difference.
 """
 
 import csv

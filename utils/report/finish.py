@@ -28,10 +28,13 @@ def finish(run: Run) -> None:
             print_curve(run, name, curve)
     run.print(f"diagnosis: {sentences(run.folder)}\n")
     run.print(f"curves: {picture}. Go on with", soft_wrap=True)
+    script = f"{run.flags['script']}.py"
+    child = "vrpo_math.py" if script == "ppo_baseline.py" else script  # PPO's own is not a diff
+    parent = "vrpo_math.py" if script == "vrpo_dialogue.py" else "ppo_baseline.py"
     for command, what in (
-        (f"python -m utils.tokens {run.folder}", "what the critic thinks of every token"),
+        (f"python -m utils.tokens {run.folder}", "every token by value, advantage, entropy"),
         (f"python -m utils.plot {run.folder} runs/OTHER", "its curves beside another run's"),
-        ("diff ppo_baseline.py vrpo_math.py", "the method"),
+        (f"diff {parent} {child}", "what the method changes"),
     ):
         run.print(Text(f"  {command}  ").append(f"# {what}", style="dim"), soft_wrap=True)
 

@@ -1,7 +1,9 @@
 """Learning curves of one or several runs.
 
-python -m utils.plot runs/A runs/B --out curves.png      # a line for each run
-python -m utils.plot benchmark/results/long_runs/*       # runs that differ by seed: a band
+    python -m utils.plot runs/A runs/B --out curves.png      # a line for each run
+    python -m utils.plot benchmark/results/long_runs/*       # runs that differ by seed: a band
+
+A run whose flags differ from another's in the seed alone is drawn with it.
 """
 
 import json
@@ -128,4 +130,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog="python -m utils.plot", description=__doc__))

@@ -1,8 +1,10 @@
 """What a critic sees: sampled answers, token by token, coloured by value, advantage or entropy.
 
-python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
-python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
-python -m utils.tokens runs/A --critic runs/B/checkpoints/000040/critic   # and its values of the same tokens
+    python -m utils.tokens runs/A runs/B --out tokens.html   # the last update that both have
+    python -m utils.tokens runs/A --update 20 --rows 3 --color advantages
+    python -m utils.tokens runs/A --critic runs/B/checkpoints/000040/critic   # and its values of the same tokens
+
+The page goes to --out, in one file that needs no network; the picture beside it.
 """
 
 import html
@@ -36,7 +38,7 @@ label { margin-right: 16px; white-space: nowrap; }
 .bar { height: 14px; max-width: 420px; margin-top: 6px; }
 .ends { display: flex; justify-content: space-between; max-width: 420px; font-size: 13px; }
 h2 { font-size: 15px; margin: 26px 0 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.run { display: grid; grid-template-columns: 13em 1fr; gap: 4px 14px; margin: 10px 0; }
+.run { display: grid; grid-template-columns: 15em 1fr; gap: 4px 14px; margin: 10px 0; }
 .name { overflow-wrap: anywhere; }
 .told { display: inline-block; padding: 0 8px; border: 1px solid #bbb; border-radius: 11px; }
 .told.wrong { background: #b3261e; border-color: #b3261e; color: #fff; font-weight: bold; }
@@ -378,4 +380,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog="python -m utils.tokens", description=__doc__))

@@ -1,8 +1,10 @@
 """Dialogues to look at: be the user of an assistant, watch the simulated one, or read a run's.
 
-python -m utils.dialogue                             # be the user of the embedded assistant
-python -m utils.dialogue --play 3                    # watch three dialogues
-python -m utils.dialogue --sample runs/A             # a run's: rewards, outcome, values
+    python -m utils.dialogue                             # be the user of the embedded assistant
+    python -m utils.dialogue --play 3                    # watch three dialogues
+    python -m utils.dialogue --sample runs/A             # a run's: rewards, outcome, values
+
+As the user you see your goal first; an empty line ends the dialogue.
 """
 
 import random
@@ -141,4 +143,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog="python -m utils.dialogue", description=__doc__))
