@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils.engine import start_engine, truncated_ratios
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import frozen, load_policy, pick_device, save_memory, trainable
@@ -308,6 +309,7 @@ def main(args: Args) -> None:
     env = Environment(args, chat, device)
     critic = None  # GRPO
     save_memory(args, policy, reference, None)
+    start_engine(policy, args)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")
@@ -356,6 +358,7 @@ def main(args: Args) -> None:
         batch |= {"ref_logprobs": ref_logprobs, "advantages": advantages}
         if args.advantage == "reinforce_pp":
             batch["advantages"] = whiten(advantages, mask)
+        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
         clock.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---
