@@ -307,9 +307,9 @@ def main(args: Args) -> None:
     )
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
+    start_engine(policy, args)
     critic = None  # GRPO
     save_memory(args, policy, reference, None)
-    start_engine(policy, args)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

@@ -344,11 +344,11 @@ def main(args: Args) -> None:
     )
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
+    start_engine(policy, args)
     if args.vine_judge == "clean" and any(p.answer is None for p in env.task.train):  # Vine
         stop("--vine-judge clean: there are problems without a reference answer")
     critic = None  # Vine
     save_memory(args, policy, reference, None)
-    start_engine(policy, args)
     optimizer = make_optimizer(policy)
     run = Run(args)
     run.print(f"{run.folder}: {env}")

@@ -69,7 +69,7 @@ def rows(folder):
 
 @pytest.mark.parametrize("name", ["ppo_baseline", "grpo_baseline"])
 def test_a_run_is_that_of_own_decoding_where_the_engine_is(vllm, run_main, monkeypatch, name):
-    flags = {"updates": 2, "eval_every": 1, "epochs": 1, "rollout_batch_size": 256}
+    flags = {"updates": 2, "eval_every": 1, "epochs": 1, "noise": "random"}
     own = rows(run_main(name, run_name="own", **flags))
     assert not [key for key in own if "engine" in key]
     monkeypatch.setattr(StandIn, "off", 0.004)  # every pi_engine is larger by 0.4 %
