@@ -71,7 +71,7 @@ class Engine:
 
     def push(self, policy) -> None:
         """Give it the policy's weights, if they have moved. A tied LM head is among them by its own
-        name: without it vLLM keeps the old one on a CPU."""
+        name too."""
         # the version that torch counts does not see a step of a fused optimizer
         sums = [p.detach().sum(dtype=torch.float64) for p in policy.parameters()]
         sums = torch.stack(sums).tolist()
