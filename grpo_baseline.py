@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils.engine import start_engine, truncated_ratios
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
 from utils.models import frozen, load_policy, pick_device, save_memory, trainable
@@ -306,6 +307,7 @@ def main(args: Args) -> None:
     )
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
+    start_engine(policy, args)
     critic = None  # GRPO
     save_memory(args, policy, reference, None)
     optimizer = make_optimizer(policy)
@@ -356,6 +358,7 @@ def main(args: Args) -> None:
         batch |= {"ref_logprobs": ref_logprobs, "advantages": advantages}
         if args.advantage == "reinforce_pp":
             batch["advantages"] = whiten(advantages, mask)
+        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
         clock.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from utils import ranks, tensors
 from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils.engine import start_engine, truncated_ratios
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
@@ -343,6 +344,7 @@ def main(args: Args) -> None:
     )
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
+    start_engine(policy, args)
     if args.vine_judge == "clean" and any(p.answer is None for p in env.task.train):  # Vine
         stop("--vine-judge clean: there are problems without a reference answer")
     critic = None  # Vine
@@ -399,6 +401,7 @@ def main(args: Args) -> None:
         advantages = gae(rewards, values, mask, starts, args.gae_lambda)
         batch["ref_logprobs"] = ref_logprobs
         batch["advantages"] = whiten(advantages, mask)
+        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
         clock.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from utils import ranks, tensors
 from utils.args import NOISES, RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
 from utils.checkpoints import start_critic
+from utils.engine import start_engine, truncated_ratios
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, row_seeds, seed_torch
@@ -524,6 +525,7 @@ def main(args: Args) -> None:
     )
     reference = frozen(policy, dtype)
     env = Environment(args, chat, device)
+    start_engine(policy, args)
     seed_torch(args.seed, "critic")
     critic = start_critic(Critic(policy, args), args).to(device)
     save_memory(args, policy, reference, critic.backbone)
@@ -582,6 +584,7 @@ def main(args: Args) -> None:
         batch |= critic_targets
         batch["ref_logprobs"] = ref_logprobs
         batch["advantages"] = whiten(advantages, mask)
+        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
         return_variance = batch["returns"][mask].var().clamp(min=0.01)
         clock.lap("score")
 

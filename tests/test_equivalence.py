@@ -221,7 +221,10 @@ def test_multi_turn_rollout_marks_exactly_the_policys_tokens(policy_and_chat):
     eos = chat.eos_ids[0]
     turns = [[[11, 12, eos], [13, 14, 15]], [[16, eos]]]
     scripted = iter(
-        [[Answer(row, [-1.0] * len(row), [0.5] * len(row)) for row in turn] for turn in turns]
+        [
+            [Answer(row, *([x] * len(row) for x in (-1.0, 0.5, 0.0))) for row in turn]
+            for turn in turns
+        ]
     )
     original, ppo.generate = ppo.generate, lambda *_: next(scripted)
     try:

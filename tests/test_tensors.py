@@ -30,6 +30,7 @@ class Row:
     def __post_init__(self):
         self.logprobs = [-0.1 * t * c for t, c in zip(self.tokens, self.chosen, strict=True)]
         self.entropy = [0.2 * t * c for t, c in zip(self.tokens, self.chosen, strict=True)]
+        self.gap = [0.0] * len(self.tokens)
 
 
 # prompt 5 6 7, answer 8 9, EOS 1, and a shorter row; pad and EOS are the same id on purpose

@@ -28,7 +28,7 @@ CHAT = SimpleNamespace(
 
 
 def answer(*tokens: int) -> Answer:
-    return Answer(list(tokens), [-1.0] * len(tokens), [0.5] * len(tokens))
+    return Answer(list(tokens), *([x] * len(tokens) for x in (-1.0, 0.5, 0.0)))
 
 
 def episode(problem: Problem, *tokens: int) -> Episode:

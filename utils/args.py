@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
+from utils.engine import check_engine
 from utils.errors import say, stop
 from utils.files import read_flags
 from utils.ranks import by_first, check_sizes
@@ -43,6 +44,10 @@ class RunArgs:
     """on a GPU: the same run twice is the same to the last bit; slower"""
     gradient_checkpointing: bool = False
     """layers are computed again in the backward pass: less memory, a third more time"""
+    rollout_engine: Literal["own", "vllm"] = "own"
+    """what samples the answers; vllm is to be installed beside the rest (docs/scaling.md)"""
+    rollout_ratio_cap: float = 2.0
+    """vllm: most that a token's pi_old / pi_engine weighs in the policy loss; the mean gap is logged"""
     shard: bool = False
     """several processes hold a part of every weight each, instead of all (docs/scaling.md)"""
     eval_every: int = 10
@@ -154,6 +159,7 @@ MOST = 10**6  # of whatever is counted
 LIMITS = {
     "seed": (0, 2**63 - 1),
     "quantiles": (3, MOST),
+    "rollout_ratio_cap": (1, math.inf),
     "huber_kappa": (0.001, math.inf),
     "tail_share": (0, 0.5),
 }
@@ -265,6 +271,7 @@ def check_flags(args: Any) -> None:
     """`check_ranges` of a script's flags, and what must not be combined."""
     check_ranges(args)
     check_sizes(args)
+    check_engine(args)
     check_temperature(args)
     if (episodes := args.prompts_per_update * args.samples_per_prompt) > MOST:
         stop(

@@ -25,11 +25,14 @@ COMPACT_AT = 0.8  # the batch is compacted when no more than this share of its r
 
 class Answer(NamedTuple):
     """Tokens up to and including the first EOS; for each its log-probability under the tempered
-    policy, and that policy's entropy. A greedy answer is certain: both are 0."""
+    policy, and that policy's entropy. A greedy answer is certain: both are 0. `gap`: by how much
+    that log-probability exceeds the one with which the token was drawn; 0 but for another engine's
+    (utils/engine.py)."""
 
     tokens: list[int]
     logprobs: list[float]
     entropy: list[float]
+    gap: list[float]
 
 
 class RoomyLayer(DynamicLayer):
@@ -135,6 +138,8 @@ def generate(
     of its own); `at_once` prompts in a batch (default: all)."""
     answers = []
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if prompts and hasattr(policy, "engine"):  # --rollout-engine
+        return policy.engine.generate(policy, chat, prompts, limits, temperature)
     size = at_once or len(prompts) or 1
     with ranks.gathered(policy), casts_kept(policy):
         for start in range(0, len(prompts), size):
@@ -246,5 +251,5 @@ def decode(
     steps = int(lengths.max())
     noise.set_state(states[steps - 1])  # nobody has drawn what came after the last EOS
     columns = (answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist())
-    found = [Answer(a[:n], p[:n], e[:n]) for a, p, e, n in zip(*columns, strict=True)]
+    found = [Answer(a[:n], p[:n], e[:n], [0.0] * n) for a, p, e, n in zip(*columns, strict=True)]
     return found, steps

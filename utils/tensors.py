@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 def pack(episodes: list, pad_id: int, device: torch.device) -> Batch:
     """Episodes as `inputs`, `targets` (B, T) int64, `mask` (B, T) bool, `logprobs` and `entropy`
-    (B, T) of the policy that sampled; T is the longest episode minus one."""
+    (B, T) of the policy that sampled, and their `gap`; T is the longest episode minus one."""
     width = max(len(e.tokens) for e in episodes)
 
     def grid(name: str, filler) -> Tensor:
@@ -30,6 +30,7 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> Batch:
         "mask": grid("chosen", False)[:, 1:],
         "logprobs": grid("logprobs", 0.0)[:, 1:],
         "entropy": grid("entropy", 0.0)[:, 1:],
+        "gap": grid("gap", 0.0)[:, 1:],
     }
 
 

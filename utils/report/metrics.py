@@ -83,6 +83,18 @@ def channel(clean: Tensor, observed: Tensor) -> dict[str, float]:
     return {"reward/flip_rate": flips.item(), "reward/youden_j": youden_j.item()}
 
 
+def engine_gap(episodes: list) -> dict[str, float]:
+    """Mean |log pi - log pi_engine| of the tokens and the largest, where another engine drew them."""
+    gap = torch.tensor([abs(x) for e in episodes for x in e.gap])
+    if not gap.any():
+        return {}
+    tokens = sum(e.length for e in episodes)
+    return {
+        "charts/engine_gap": gap.sum().item() / tokens,
+        "charts/engine_gap_max": gap.max().item(),
+    }
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(R - V) / Var(R) over the masked tokens: 1 is a perfect critic, 0 a constant, below 0
     worse than that. NaN where all returns are equal."""
@@ -119,6 +131,7 @@ def of_rollout(env, episodes: list, clean: Tensor, observed: Tensor) -> dict[str
     finished = torch.tensor([e.finished for e in episodes])
     return {
         "charts/response_length": sum(e.length for e in episodes) / count,
+        **engine_gap(episodes),
         "charts/turns": sum(len(e.completions) for e in episodes) / count,
         "charts/eos_rate": finished.float().mean().item(),
         "charts/verifier_calls": count,

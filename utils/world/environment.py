@@ -27,6 +27,7 @@ class Episode:
     chosen: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    gap: list[float] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     finished: bool = False
     """the last answer ended with EOS"""
@@ -53,6 +54,7 @@ class Episode:
         self.chosen += [False] * len(tokens)
         self.logprobs += nothing
         self.entropy += nothing
+        self.gap += nothing
 
     def say(self, answer: Answer, chat) -> None:
         """The policy's next answer."""
@@ -60,6 +62,7 @@ class Episode:
         self.chosen += [True] * len(answer.tokens)
         self.logprobs += answer.logprobs
         self.entropy += answer.entropy
+        self.gap += answer.gap
         self.completions.append(chat.decode(answer.tokens))
         self.finished = answer.tokens[-1] in chat.eos_ids
 
