@@ -41,6 +41,7 @@ from utils.models import frozen, load_policy, pick_device, save_memory, trainabl
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
+from utils.solutions import kept_to_solution, with_reading
 from utils.tensors import (
     Batch,
     logprobs_and_entropy,
@@ -125,6 +126,8 @@ class MethodArgs:
     """weight of the entropy loss (0.5 in the paper starves the value here: docs/details.md)"""
     lambda_ppl: float = 0.003
     """weight of the perplexity loss (likewise)"""
+    critic_reads: Literal["nothing", "solution"] = "nothing"
+    """ours: how far the answer kept to the worked solution, which the policy does not see"""
     lm_head: Literal["frozen", "learned"] = "frozen"
     """LM head of the semantic losses: the initial policy's, or a copy that learns (ablation)"""
     # --- dialogue ---
@@ -260,7 +263,7 @@ class Critic(nn.Module):
         if args.critic_backbone == "separate":
             self.backbone = twin(policy.get_decoder())
         # VRPO: Gaussian layers, then a decoder of two layers; without them PPO's linear head
-        width = policy.lm_head.in_features
+        width = policy.lm_head.in_features + (args.critic_reads == "solution")
         self.encoders = nn.ModuleList()
         for _ in range(args.bottleneck_layers):
             self.encoders.append(gaussian_encoder(width, args.latent_dim))
@@ -283,7 +286,7 @@ class Critic(nn.Module):
         tokens of `part`. V averages the decoder over the code: at z = mu, an untypical point, it
         was never trained."""
         with torch.autocast(features.device.type, enabled=False):
-            z = features.float().unsqueeze(0)  # VRPO: (1, N, D)
+            z = with_reading(features.float(), part).unsqueeze(0)  # VRPO: (1, N, D)
             kl = sigma = torch.zeros(len(features), device=features.device)
             for layer, encoder in enumerate(self.encoders):
                 mu, log_sigma = encoder(z).chunk(2, dim=-1)
@@ -576,6 +579,8 @@ def main(args: Args) -> None:
         with precision:
             if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
                 ref_logprobs = reference_logprobs(reference, batch, args)
+            if args.critic_reads == "solution":  # VRPO
+                batch["kept"] = kept_to_solution(reference, chat, episodes, batch, args)
             batch |= score_tokens(policy, critic, batch, args)
         kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
         if args.kl_in == "reward" and args.kl_coef > 0:
