@@ -157,6 +157,7 @@ def vine(samples: int, judge: str) -> Method:
 # lambda at which the critic's word counts most.
 SHARES = (1.0, 0.0, 0.5, 0.25, 0.1)
 HALF: Flags = {"gae_lambda": 0.5}
+READS: Flags = {"critic_reads": "solution"}
 
 
 EXPERIMENTS = {
@@ -289,7 +290,14 @@ EXPERIMENTS = {
         | {f"oracle {share:g}": oracle(share, **HALF) for share in SHARES if share}
         | {"blind": oracle(1.0, oracle_knows="nothing", **HALF)}
         | {"VRPO": Method("vrpo_math", HALF), "DVPO": Method("dvpo_math", HALF)}
-        | {"Vine 4": vine(4, "observed"), "Vine 4, clean": vine(4, "clean")},
+        | {"Vine 4": vine(4, "observed"), "Vine 4, clean": vine(4, "clean")}
+        | {"VRPO that reads": Method("vrpo_math", HALF | READS)}
+        | {
+            "PPO that reads": Method(
+                "vrpo_math", HALF | READS | NO_WORDS | {"bottleneck_layers": 0}
+            )
+        }
+        | {"PPO after imitation": Method("benchmark.studies.imitation", HALF)},
         {name: ARMS[name] for name in ("symmetric 0.3", "no noise", "symmetric 0.2")}
         | {"symmetric 0.4": {"noise": "symmetric", "noise_rate": 0.4}},
         measures={

@@ -277,7 +277,7 @@ def test_every_number_flag_of_vrpo_matters(run_main):
     plain = read_metrics(run_main("vrpo_math", run_name="base", **base))
     assert plain == read_metrics(run_main("vrpo_math", run_name="again", **base))
     for i, flags in enumerate((
-        {"beta_warmup": 1}, {"critic_warmup": 1}, {"critic_backbone": "shared"},
+        {"beta_warmup": 1}, {"critic_warmup": 1}, {"critic_backbone": "shared"}, {"critic_reads": "solution"},
         {"beta": 0.5}, {"latent_dim": 8}, {"bottleneck_layers": 2}, {"value_samples": 2}, {"token_ratio": 0.2}, {"lambda_ent": 0.0},
         {"lambda_ppl": 0.0}, {"lm_head": "learned"}, {"gamma": 0.9}, {"gae_lambda": 0.5}, {"critic_lambda": 0.5},
         {"critic_learning_rate": 1e-2}, {"head_learning_rate": 1e-2}, {"value_coef": 0.1}, {"value_clip": 0.01},

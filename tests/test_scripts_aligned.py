@@ -133,7 +133,7 @@ def test_defaults_of_the_tasks():
         assert plain == plain | DEFAULTS[task] | {"task": task}
 
 
-@pytest.mark.parametrize("child, more", [("vrpo_math", 9), ("vrpo_dialogue", 10)])
+@pytest.mark.parametrize("child, more", [("vrpo_math", 10), ("vrpo_dialogue", 11)])
 def test_vrpo_has_every_flag_of_ppo(child, more):
     parent, own = units("ppo_baseline")["MethodArgs"], units(child)["MethodArgs"]
     assert own.startswith(parent)

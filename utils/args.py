@@ -289,6 +289,10 @@ def check_flags(args: Any) -> None:
             f"--assumed-false-negative-rate {rate}: --advantage {args.advantage} does not read it; "
             "give --advantage forward"
         )
+    if getattr(args, "critic_reads", "nothing") == "solution" and (
+        args.task != "math" or args.noise == "majority-vote"
+    ):
+        stop("--critic-reads solution: only --task math has worked solutions, and votes know none")
     if args.reward_fn and args.reward_model:
         stop(
             f"--reward-fn {args.reward_fn} and --reward-model {args.reward_model}: one of them gives "

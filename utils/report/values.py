@@ -33,6 +33,10 @@ class KeptCritic:
             known = self.script.Args.__dataclass_fields__
             self.args = self.script.Args(**{k: v for k, v in flags.items() if k in known})
             check_ranges(self.args)
+            if getattr(self.args, "critic_reads", "nothing") != "nothing":
+                stop(
+                    f"{flag} {folder}: it reads worked solutions, which this command does not have"
+                )
             self.critic = self.script.Critic(self.policy, self.args).to(device)
         except Exception as error:  # a foreign file can be anything
             stop(f"{flag} {folder}: critic.json does not fit its script ({first_line(error)})")

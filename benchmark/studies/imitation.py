@@ -1,0 +1,79 @@
+"""PPO after a supervised start on the worked solutions of its own training problems: the control of a
+critic that reads them (`vrpo_math.py --critic-reads solution`). What are the solutions worth if
+they are simply imitated?
+
+    python benchmark/studies/imitation.py --imitation-epochs 8 --train-split 'train[:120]' --noise-rate 0.3
+
+It is ppo_baseline.py from then on; the accuracy of update 0 is that of the imitation alone."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import ppo_baseline as ppo  # noqa: E402
+from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args  # noqa: E402
+from utils.errors import stop  # noqa: E402
+from utils.keyed import permutation  # noqa: E402
+from utils.solutions import worked  # noqa: E402
+from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
+
+SCRIPT = {name: getattr(ppo, name) for name in ("load_policy", "Environment")}
+
+
+@dataclass
+class ImitationArgs:
+    imitation_epochs: int = 8
+    """passes over the worked solutions of the training problems, in minibatches of 24"""
+    imitation_learning_rate: float = 1e-4
+    """AdamW"""
+
+
+@dataclass
+class Args(ImitationArgs, ppo.MethodArgs, ppo.UpdateArgs, RewardArgs, TaskArgs, RunArgs):
+    """Those of ppo_baseline.py, and the imitation's."""
+
+
+def imitate(policy, env, args: Args) -> None:
+    """Maximum likelihood of the worked solutions."""
+    batch = pack([worked(p, env.chat) for p in env.task.train], env.chat.pad_id, env.device)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.imitation_learning_rate, weight_decay=0.0)
+    for epoch in range(args.imitation_epochs):
+        order = permutation(len(batch["inputs"]), args.seed, "imitation", epoch)
+        for rows in order.split(24):
+            part = take(batch, rows)
+            hidden = ppo.hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
+            tokens = part["targets"][cells(part["mask"])]
+            logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
+            optimizer.zero_grad()
+            (-logprobs.mean()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    optimizer.zero_grad()
+
+
+def main(args: Args) -> None:
+    if args.task != "math":
+        stop(f"--task {args.task}: only mathematics has worked solutions to imitate")
+    kept = []
+
+    def load_policy(*given):
+        kept[:] = SCRIPT["load_policy"](*given)
+        return tuple(kept)
+
+    def environment(*given):
+        env = SCRIPT["Environment"](*given)
+        if not args.resume:
+            imitate(kept[0], env, args)
+        return env
+
+    ppo.load_policy, ppo.Environment = load_policy, environment
+    ppo.main(args)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, __doc__))
