@@ -41,7 +41,6 @@ from utils.models import frozen, load_policy, pick_device, save_memory, trainabl
 from utils.report import metrics
 from utils.report.finish import finish
 from utils.run import Run
-from utils.solutions import kept_to_solution, with_reading
 from utils.tensors import (
     Batch,
     logprobs_and_entropy,
@@ -53,6 +52,7 @@ from utils.tensors import (
     turn_ends,
 )
 from utils.world.environment import Environment, Episode
+from utils.world.solutions import kept_to_solution, with_reading
 
 # ==== 1. Args =====================================================================================
 

@@ -13,9 +13,9 @@ from utils import ranks
 from utils.args import check_flags
 from utils.models import load_policy
 from utils.report.values import KeptCritic
-from utils.solutions import kept_to_solution, with_reading, worked
 from utils.tensors import pack
 from utils.world.environment import Environment
+from utils.world.solutions import kept_to_solution, with_reading, worked
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ import ppo_baseline as ppo  # noqa: E402
 from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.keyed import permutation  # noqa: E402
-from utils.solutions import worked  # noqa: E402
 from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
+from utils.world.solutions import worked  # noqa: E402
 
 SCRIPT = {name: getattr(ppo, name) for name in ("load_policy", "Environment")}
 
