@@ -44,6 +44,7 @@ RATES = {
     for arm, flags in ARMS.items()
     if flags["noise"] in ("none", "symmetric")
 }
+WORTH = "symmetric 0.3"  # the arm of critic_worth that carries the claims
 WORTH_RATES = RATES | {"symmetric 0.4": 0.4}
 TITLES = {
     "last": "last",
@@ -319,22 +320,26 @@ def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
 
 
 def worth_table(runs: pd.DataFrame) -> str:
-    """Methods by shares of flips: last score, and what the values know in the last state."""
+    """Methods by shares of flips: last score; and under 30 % flips what the values know in the first
+    and in the last state of an episode."""
     arms, methods = ordered("critic_worth", runs)
     arms, most = sorted(arms, key=WORTH_RATES.get), most_seeds(runs)
-    knows, calls = "critic/explained_variance_last", "charts/verifier_calls"
+    knows = "critic/explained_variance_"
+    more = {f"{knows}first": "first state", f"{knows}last": "last state"}
+    more |= {"charts/verifier_calls": "verifier calls an update"}
     rows = [
         [
             method,
             *(cell_of(values(runs, arm, method).to_numpy(), most, True) for arm in arms),
-            *(cell_of(values(runs, arm, method, knows).to_numpy(), most, True) for arm in arms),
-            cell_of(values(runs, "symmetric 0.3", method, calls).to_numpy(), most, True),
+            *(cell_of(values(runs, WORTH, method, key).to_numpy(), most, True) for key in more),
         ]
         for method in methods
     ]
-    words = [in_words(arm) for arm in arms]
-    header = ["method", *words, *(f"last state: {word}" for word in words), "calls an update"]
-    about = "last accuracy; explained variance of clean returns in the last state; verifier calls"
+    header = ["method", *(in_words(arm) for arm in arms), *more.values()]
+    about = (
+        "last accuracy; under 30 % flips the explained variance of clean returns in the first and "
+    )
+    about += "in the last state of an episode, and verifier calls"
     return f"Cells: {kind(most, True)}: {about}.\n\n" + markdown(header, rows)
 
 
@@ -463,29 +468,42 @@ def differences(all_runs: dict[str, pd.DataFrame]):
 
 
 def worth(runs: pd.DataFrame):
-    """What a critic's knowledge is worth: last score by share of flips, and by how much of the
-    clean returns the values explain in the last state of an episode; a line joins the oracle's
-    shares, marks are critics as they are."""
+    """What a critic's knowledge is worth. Left: last scores under 30 % flips, a dot for each seed.
+    Right: last score by how much of the clean returns the values explain in an episode's last
+    state; a line for each rate joins PPO's critic and the oracle's shares, marks are critics as
+    they are under 30 % flips."""
     arms, methods = ordered("critic_worth", runs)
-    arms = sorted(arms, key=WORTH_RATES.get)
-    names = looks("critic_worth", methods)
-    figure, axes = style.panels(1 + len(arms), 3, (4.2, 3.2), sharey=True)
-    for method, look in names.items():
-        found = [(WORTH_RATES[a], values(runs, a, method).to_numpy()) for a in arms]
-        if found := [(x, y) for x, y in found if len(y)]:
-            spread(axes[0], found, look | {"label": method}, band=False)
-    style.name(axes[0], "by share of flips", "share of flipped rewards", measure(runs))
     known = "critic/explained_variance_last"
-    for axis, arm in zip(axes[1:], arms, strict=True):
+    names = looks("critic_worth", methods)
+    figure, (left, right) = style.panels(2, 2, (5.2, 3.9))
+    scores = {m: values(runs, WORTH, m).to_numpy() for m in methods}
+    ranked = sorted((m for m in methods if len(scores[m])), key=lambda m: scores[m].mean())
+    for i, method in enumerate(ranked):
+        middle, low, high = summary(scores[method])
+        color = names[method]["color"]
+        left.plot([low, high], [i, i], color=color, lw=2, alpha=0.5)
+        left.plot(scores[method], [i] * len(scores[method]), ".", color=color, markersize=4)
+        left.plot(middle, i, **names[method] | {"ls": "", "markersize": 7})
+    left.axvline(runs["start"].mean(), **WITHOUT)
+    left.set_yticks(range(len(ranked)), ranked)
+    style.name(left, "30 % of the rewards flipped", measure(runs))
+    doses = ["PPO, lambda 0.5", *(f"oracle {x:g}" for x in sorted(SHARES) if x)]
+    for n, arm in enumerate(sorted(arms, key=WORTH_RATES.get)):
         here = runs.loc[arm].groupby("method")[["last", known]].mean().dropna()
-        dose = here[here.index.isin([*(f"oracle {x:g}" for x in SHARES), "PPO, lambda 0.5"])]
-        dose = dose.sort_values(known)
-        axis.plot(dose[known], dose["last"], color="0.7", lw=1, zorder=0)
-        for method, (score, x) in here.iterrows():
-            axis.plot(x, score, **names[method] | {"ls": "", "markersize": 6})
-        axis.axhline(runs["start"].mean(), **WITHOUT)
-        style.name(axis, in_words(arm), "explained variance, last state (clean returns)")
-    style.legend(figure, axes)
+        dose = here.reindex(doses).dropna()
+        color = str(0.8 - 0.25 * n)
+        right.plot(dose[known], dose["last"], ".-", color=color, label=in_words(arm), zorder=n)
+        for method, (score, x) in here.iterrows() if arm == WORTH else ():
+            if method not in (*doses, "PPO after imitation"):
+                right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
+                right.annotate(
+                    method, (x, score), xytext=(6, -3), textcoords="offset points", fontsize=7
+                )
+    right.axhline(runs["start"].mean(), **WITHOUT)
+    style.name(
+        right, "lines: PPO with more and more of an oracle", "explained variance, last state"
+    )
+    right.legend(fontsize=7, loc="lower right")
     return figure
 
 

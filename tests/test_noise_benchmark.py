@@ -81,12 +81,6 @@ def test_the_grid():
             for sign in ("positive", "negative")
         ]
         assert 1 - sum(rates) == pytest.approx(0.6)  # the same J
-    told = {arm: e.extra["forward GRPO", arm]["assumed_false_negative_rate"] for arm in e.arms}
-    assert told == {
-        "no noise": 0, "symmetric 0.1": 0.1, "symmetric 0.2": 0.2, "symmetric 0.3": 0.3,
-        "persistent 0.2": 0.2, "false positives": 0.05, "false negatives": 0.35, "length": 0,
-        "majority vote": 0.2, "coin": 0.2,
-    }  # fmt: skip
     assert not set(experiments.EXPERIMENTS["tuning"].seeds) & set(e.seeds)
 
 
@@ -333,7 +327,7 @@ def test_every_default_is_recorded():
             assert flags.keys() <= known.keys(), "python benchmark/run.py --list records new flags"
 
 
-UNDER_WAY = ("critic_worth", "critic_lambda_and_error")
+FEWER_SEEDS = ("critic_worth", "critic_lambda_and_error")  # in the rows that carry no claim
 
 
 def test_the_list_finds_every_committed_row(capsys):
@@ -345,12 +339,12 @@ def test_the_list_finds_every_committed_row(capsys):
         assert committed == {job.key for job in bench.jobs_of(name)} & committed, name
         left = [job for job in bench.jobs_of(name) if job.key not in committed]
         assert int(runs) == len(committed) + len(left)
-        if name in UNDER_WAY:  # other experiments may have the same runs
+        if name in FEWER_SEEDS:  # and other experiments may have the same runs
             assert int(done) >= len(committed), name
             continue
         assert int(done) == len(committed) > 0, name
         if name not in ("dialogue", "word_problems", "arc_easy"):
-            assert {job.method for job in left} <= {"forward GRPO"}  # still to be made
+            assert not left, name
 
 
 # ---- the report ----
