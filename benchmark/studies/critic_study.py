@@ -9,7 +9,8 @@ A fit is what main() of the script does with its critic when the policy stands s
 script's own functions: 256 rollouts an update, values and targets of the update, two epochs in
 minibatches of 64. Measures are taken on fresh rollouts of other prompts. The parts: `tuning` (the
 same number of settings for every critic, a seed of its own), `noise` (rates 0 to 0.4), `vrpo` (what
-each part of VRPO contributes), `passes` (further passes over the same rollouts). Writes
+each part of VRPO contributes), `passes` (eight passes of one epoch over the same rollouts), `data`
+(what more rollouts teach about problems and about steps). Writes
 benchmark/results/critic_study.csv; a fit whose rows are there is skipped, and so is one that left
 its rows in runs/critic_study. The report takes the rows of the present flags alone."""
 
@@ -48,13 +49,14 @@ CPU = torch.device("cpu")
 CACHE = Path("runs") / "critic_study"
 KEY = ["part", "critic", "setting", "noise", "seed", "digest"]
 WHERE = {"noise": "symmetric", "model": "assets/tiny_math", "dataset": "assets/data/tiny_math"}
-PARTS = ("tuning", "noise", "vrpo", "passes")
+PARTS = ("tuning", "noise", "vrpo", "passes", "data")
 UPDATE = 256  # rollouts
 FRESH = 512
 NO_TERMS = {
     f"lambda_{name}": 0.0 for name in ("consistency", "cvar", "gain", "shift", "shape", "curvature")
 }
 NO_WORDS = {"lambda_ent": 0.0, "lambda_ppl": 0.0}
+ONCE = (("epochs", 1),)
 # name: script, flags
 CRITICS = {
     "plain": (ppo, {}),
@@ -102,7 +104,7 @@ VRPO_PARTS = {
 @dataclass(frozen=True)
 class Fit:
     """One fit: `setting` says what differs from the critic's defaults; `passes` over `rollouts`
-    episodes."""
+    episodes, measured after each and, in the first, after `measured` episodes."""
 
     part: str
     critic: str
@@ -112,6 +114,7 @@ class Fit:
     rollouts: int = 2560
     passes: int = 1
     flags: tuple = ()
+    measured: tuple[int, ...] = (512, 1280)
 
 
 def fits(seeds: tuple[int, ...]) -> list[Fit]:
@@ -129,11 +132,15 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
         for seed in seeds[:3]
         for name, f in parts
     ]
-    some = ("plain", "bottleneck", "VRPO", "DVPO")
     jobs += [
-        Fit("passes", critic, "", 0.2, seed, rollouts=1280, passes=4)
+        Fit("passes", critic, "", 0.3, seed, passes=8, flags=ONCE)
+        for seed in seeds
+        for critic in ("plain", "bottleneck", "VRPO")
+    ]
+    jobs += [
+        Fit("data", "plain", "", p, seed, 8192, flags=ONCE, measured=(1024, 2048, 4096))
         for seed in seeds[:3]
-        for critic in some
+        for p in (0.3, 0.0)
     ]
     jobs += [
         Fit("tuning", critic, text(flags), 0.3, 101, flags=tuple(flags.items()))
@@ -201,7 +208,7 @@ def observed_rewards(
 
 
 def fit(job: Fit, where: dict) -> list[dict]:
-    """Rows of measures after 512, 1280 and 2560 rollouts and after every further pass."""
+    """Rows of measures, in the order in which they were taken."""
     module = CRITICS[job.critic][0]
     args = module.Args(**flags_of(job, where))
     count = max(2560, job.rollouts)
@@ -223,7 +230,7 @@ def fit(job: Fit, where: dict) -> list[dict]:
             given = rewards[chunk, : part["mask"].shape[1]]
             train_update(module, policy, critic, optimizer, part, given, args, update)
             seen = start + UPDATE
-            if seen == job.rollouts or (once == 0 and seen in (512, 1280)):
+            if seen == job.rollouts or (once == 0 and seen in job.measured):
                 fitted = torch.arange(max(0, seen - FRESH), seen)
                 measures = measure(
                     module, policy, critic, batch, clean, observed, fresh, fitted, args
@@ -281,7 +288,9 @@ def measure(
     values from what the channel makes of the clean rewards on average; the share of the variance of
     the advantages that the reward errors make (1 - squared correlation with the advantages of the
     clean rewards). On the last fitted episodes: the share of their reward errors that the values
-    reproduce (right and wrong answers apart), and errors where the reward was flipped or not."""
+    reproduce (right and wrong answers apart), and errors where the reward was flipped or not.
+    `_first` and `_last` are of an episode's first state alone, which knows the problem, and of the
+    last, which has read the answer."""
     batch = batch | {"seed": row_seeds(batch["mask"], args.seed, "measure")}
     part = take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
@@ -289,18 +298,22 @@ def measure(
     values, returns = part["values"], right.unsqueeze(1).expand_as(part["values"])
     rewards = (ppo.place_rewards(x, mask) for x in (observed[fresh], right))
     advantages = [module.advantages_and_targets(x, part, args)[0] for x in rewards]
-    last = values[turn_ends(mask)]
+    ends = {"first": mask & (mask.cumsum(1) == 1), "last": turn_ends(mask)}
+    last = values[ends["last"]]
     wins = stats.mannwhitneyu(last[right == 1], last[right == 0]).statistic
     v, r = values[mask], returns[mask]
     expected = torch.where(r == 1, observed[clean == 1].mean(), observed[clean == 0].mean())
     bins = [(v[b].mean() - expected[b].mean()).abs() for b in v.argsort().chunk(10)]
     result = {
         "explained_variance": explained_variance(values, returns, mask),
-        "r_squared": torch.corrcoef(torch.stack([v, r]))[0, 1].square().nan_to_num().item(),
+        "r_squared": r_squared(v, r),
         "auc": float(wins / ((right == 1).sum() * (right == 0).sum())),
         "calibration_error": torch.stack(bins).mean().item(),
         "advantage_noise": advantage_noise(*advantages, mask),
     }
+    for name, state in ends.items():
+        result[f"explained_variance_{name}"] = explained_variance(values, returns, state)
+        result[f"r_squared_{name}"] = r_squared(values[state], returns[state])
     part = take(batch, fitted)
     mask, seen, right = part["mask"], observed[fitted].unsqueeze(1), clean[fitted].unsqueeze(1)
     values = module.score_tokens(policy, critic, part, args)["values"]
@@ -310,6 +323,10 @@ def measure(
     result["rmse_flipped"] = errors[flipped].mean().sqrt().item()
     result["rmse_unflipped"] = errors[mask & ~flipped].mean().sqrt().item()
     return result
+
+
+def r_squared(values: torch.Tensor, returns: torch.Tensor) -> float:
+    return torch.corrcoef(torch.stack([values, returns]))[0, 1].square().nan_to_num().item()
 
 
 def noise_fitted(values, observed, clean, mask) -> float:
@@ -331,6 +348,10 @@ MEASURES = {
     "advantage_noise": "noise in the advantages",
     "rmse_flipped": "RMSE, flipped",
     "rmse_unflipped": "RMSE, unflipped",
+    "explained_variance_first": "explained variance, first state",
+    "explained_variance_last": "explained variance, last state",
+    "r_squared_first": "R², first state",
+    "r_squared_last": "R², last state",
 }
 
 
@@ -359,6 +380,14 @@ def table(title: str, data: pd.DataFrame, columns: str, measure: str) -> str:
     return f"{title}\n\n" + markdown(["critic", *(f"{x:g}" for x in heads)], rows)
 
 
+def from_plain(data: pd.DataFrame, measure: str, columns: str) -> pd.DataFrame:
+    """The other critics' rows, with a measure's difference from the plain critic of that seed."""
+    plain = data[data["critic"] == "plain"].set_index([columns, "seed"])[measure]
+    others = data[data["critic"] != "plain"].copy()
+    others[measure] -= plain.reindex(pd.MultiIndex.from_frame(others[[columns, "seed"]])).to_numpy()
+    return others
+
+
 def parts_of_vrpo(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of part `vrpo`, after those of the critics that are VRPO with a part left out."""
     own = {
@@ -384,13 +413,9 @@ def report(frame: pd.DataFrame) -> list[str]:
         for measure in list(MEASURES)[:6]:
             title = f"{MEASURES[measure]}, by noise rate, after 2,560 rollouts"
             sections.append(table(title, final, "noise", measure))
-        plain = final[final["critic"] == "plain"].set_index(["noise", "seed"])
         for measure in ("explained_variance", "r_squared", "auc"):
-            paired = final[final["critic"] != "plain"].copy()
-            same = pd.MultiIndex.from_frame(paired[["noise", "seed"]])
-            paired[measure] -= plain[measure].reindex(same).to_numpy()
             title = f"{MEASURES[measure]}: difference from the plain critic, paired by seed"
-            sections.append(table(title, paired, "noise", measure))
+            sections.append(table(title, from_plain(final, measure, "noise"), "noise", measure))
         for rate, some in noise.groupby("noise"):
             title = f"R² by number of rollouts, noise {rate:g}"
             sections.append(table(title, some, "rollouts", "r_squared"))
@@ -414,23 +439,36 @@ def report(frame: pd.DataFrame) -> list[str]:
         header = ["critic", "setting", *(MEASURES[k] for k in keys)]
         title = "Tuning: noise 0.3, one fit each, seed 101"
         sections.append(f"{title}\n\n" + markdown(header, rows))
-    some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
-    for measure in ("r_squared", "noise_fitted") if len(some) else ():
-        title = f"{MEASURES[measure]} by passes over the same 1,280 rollouts, noise 0.2"
+    some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 2560)]
+    for measure in ("r_squared", "explained_variance", "noise_fitted") if len(some) else ():
+        title = f"By passes over the same 2,560 rollouts, noise 0.3: {MEASURES[measure]}"
         sections.append(table(title, some, "passes", measure))
+        if measure != "noise_fitted":
+            paired = from_plain(some, measure, "passes")
+            sections.append(table(f"{title}, difference from plain", paired, "passes", measure))
+    some = frame[(frame["part"] == "data") & (frame["passes"] == 1)]
+    for rate, group in some.groupby("noise"):
+        title = f"By rollouts, noise {rate:g}, one pass of the plain critic: R²"
+        both = [
+            group.assign(critic=f"{state} state", value=group[f"r_squared_{state}"])
+            for state in ("first", "last")
+        ]
+        sections.append(table(title, pd.concat(both), "rollouts", "value"))
     return sections
 
 
 def shown(sections: list[str]) -> str:
     """The tables for the pages."""
-    return "\n".join(x for x in sections if x.startswith(("explained", "R²: diff", "AUC: diff")))
+    return "\n".join(
+        x for x in sections if x.startswith(("explained", "R²: diff", "AUC: diff", "By "))
+    )
 
 
 def draw(frame: pd.DataFrame):
     """Means over seeds with 95 % intervals; seeds differ more than critics do, so the two panels of
     differences are paired by seed."""
     noise = frame[frame["part"] == "noise"]
-    passes = frame[(frame["part"] == "passes") & (frame["rollouts"] == 1280)]
+    passes = frame[(frame["part"] == "passes") & (frame["rollouts"] == 2560)]
     final, early = noise[noise["rollouts"] == 2560], noise[noise["noise"] == 0.2]
     looks = style.looks({name: name for name in CRITICS})
     figure, axes = style.panels(6, 3, (4.6, 3.6))
@@ -471,7 +509,7 @@ def draw(frame: pd.DataFrame):
     axes[2].axhline(0, color="0.3", lw=0.8)
     axes[5].axvline(0, color="0.3", lw=0.8)
     axes[5].set_yticks(range(len(rows)), list(rows.index))
-    flips, passes = "share of flipped rewards", "passes over 1,280 rollouts, 20 % flipped"
+    flips, passes = "share of flipped rewards", "passes over 2,560 rollouts, 30 % flipped"
     style.name(axes[0], "explained variance of clean returns", flips)
     style.name(axes[1], "R² of clean returns", flips)
     style.name(axes[2], "R²: difference from the plain critic", flips)
@@ -484,7 +522,7 @@ def draw(frame: pd.DataFrame):
 
 @dataclass
 class Args:
-    parts: tuple[Literal["tuning", "noise", "vrpo", "passes"], ...] = PARTS
+    parts: tuple[Literal["tuning", "noise", "vrpo", "passes", "data"], ...] = PARTS
     """what to do"""
     critics: tuple[str, ...] = field(default_factory=lambda: tuple(CRITICS))
     """of these"""
