@@ -475,6 +475,7 @@ def worth(runs: pd.DataFrame):
     arms, methods = ordered("critic_worth", runs)
     known = "critic/explained_variance_last"
     names = looks("critic_worth", methods)
+    start = runs.xs("PPO, lambda 0.5", level="method")["start"].mean()
     figure, (left, right) = style.panels(2, 2, (5.2, 3.9))
     scores = {m: values(runs, WORTH, m).to_numpy() for m in methods}
     ranked = sorted((m for m in methods if len(scores[m])), key=lambda m: scores[m].mean())
@@ -484,7 +485,7 @@ def worth(runs: pd.DataFrame):
         left.plot([low, high], [i, i], color=color, lw=2, alpha=0.5)
         left.plot(scores[method], [i] * len(scores[method]), ".", color=color, markersize=4)
         left.plot(middle, i, **names[method] | {"ls": "", "markersize": 7})
-    left.axvline(runs["start"].mean(), **WITHOUT)
+    left.axvline(start, **WITHOUT)
     left.set_yticks(range(len(ranked)), ranked)
     style.name(left, "30 % of the rewards flipped", measure(runs))
     doses = ["PPO, lambda 0.5", *(f"oracle {x:g}" for x in sorted(SHARES) if x)]
@@ -496,14 +497,13 @@ def worth(runs: pd.DataFrame):
         for method, (score, x) in here.iterrows() if arm == WORTH else ():
             if method not in (*doses, "PPO after imitation"):
                 right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
-                right.annotate(
-                    method, (x, score), xytext=(6, -3), textcoords="offset points", fontsize=7
-                )
-    right.axhline(runs["start"].mean(), **WITHOUT)
+                at = {"xytext": (-7, -3), "ha": "right"} if x > 0.8 else {"xytext": (7, -3)}
+                right.annotate(method, (x, score), textcoords="offset points", fontsize=7, **at)
+    right.axhline(start, **WITHOUT)
     style.name(
         right, "lines: PPO with more and more of an oracle", "explained variance, last state"
     )
-    right.legend(fontsize=7, loc="lower right")
+    style.legend(figure, [right])
     return figure
 
 
