@@ -35,14 +35,15 @@ def test_by_hand(monkeypatch):
         pad_id=90, eos_ids={90}, decode=str, tokenizer=lambda text, **_: {"input_ids": [1, 2]}
     )
     problem = SimpleNamespace(answer="1 2", prompt_ids=[0])
-    episode, right = worked(problem, chat), worked(problem, chat)
+    episode, right = worked(problem, chat, 9), worked(problem, chat, 9)
+    assert worked(problem, chat, 2).tokens == [0, 1, 2]
     assert right.tokens == [0, 1, 2, 90] and right.chosen == [False, True, True, True]
     episode.tokens[1:] = [1, 5, 2, 90]
     for name in ("chosen", "logprobs", "entropy", "gap"):
         getattr(episode, name).append(getattr(episode, name)[-1])
     batch = pack([episode, right], chat.pad_id, CPU)
     reference = SimpleNamespace(get_decoder=Directions)
-    args = SimpleNamespace(micro_batch_size=2)
+    args = SimpleNamespace(micro_batch_size=2, max_new_tokens=9)
     off = torch.deg2rad(torch.tensor(30.0)).cos().item() ** 20
     # states: after 0, 1, 5, 2. Once off the path it stays off; padding counts nothing
     wanted = torch.tensor([[1, 1, off, off], [1, 1, 1, 0]])
@@ -72,12 +73,12 @@ def test_a_real_model_keeps_to_its_own_words_exactly(tiny_model, tiny_data):
     args = vrpo.Args(model=str(tiny_model), dataset=str(tiny_data))
     policy, chat = load_policy(args.model, CPU)
     problems = Environment(args, chat, CPU).task.train[:3]
-    episodes = [worked(problem, chat) for problem in problems]
+    episodes = [worked(problem, chat, 99) for problem in problems]
     assert episodes[0].completions == [problems[0].answer]
     batch = pack(episodes, chat.pad_id, CPU)
     kept = kept_to_solution(policy, chat, episodes, batch, args)
     assert torch.allclose(kept, batch["mask"].float(), atol=1e-4)
-    wrong = [worked(problem, chat) for problem in problems]
+    wrong = [worked(problem, chat, 99) for problem in problems]
     for episode, other in zip(wrong, problems[1:], strict=False):
         episode.problem = other  # what was said to another question
     kept = kept_to_solution(policy, chat, wrong, batch, args)
@@ -112,7 +113,7 @@ def test_imitation(run_main, monkeypatch):
 
     def watch(policy, env, args):
         def nll():
-            some = [worked(problem, env.chat) for problem in env.task.train]
+            some = [worked(problem, env.chat, 99) for problem in env.task.train]
             batch = pack(some, env.chat.pad_id, env.device)
             return -ppo.reference_logprobs(policy, batch, args)[batch["mask"]].mean().item()
 

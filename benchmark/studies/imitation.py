@@ -39,7 +39,8 @@ class Args(ImitationArgs, ppo.MethodArgs, ppo.UpdateArgs, RewardArgs, TaskArgs, 
 
 def imitate(policy, env, args: Args) -> None:
     """Maximum likelihood of the worked solutions."""
-    batch = pack([worked(p, env.chat) for p in env.task.train], env.chat.pad_id, env.device)
+    solutions = [worked(p, env.chat, args.max_new_tokens) for p in env.task.train]
+    batch = pack(solutions, env.chat.pad_id, env.device)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.imitation_learning_rate, weight_decay=0.0)
     for epoch in range(args.imitation_epochs):

@@ -13,10 +13,10 @@ from utils.world.environment import Episode
 SHARPNESS = 20  # a cosine of 0.9, as strangers may have it, counts 0.12
 
 
-def worked(problem, chat) -> Episode:
-    """The problem's own solution, as if the policy had said it."""
+def worked(problem, chat, longest: int) -> Episode:
+    """The problem's own solution, as if the policy had said it, of at most `longest` tokens."""
     tokens = chat.tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
-    tokens = [*tokens, min(chat.eos_ids)]
+    tokens = [*tokens, min(chat.eos_ids)][:longest]
     nothing = [0.0] * len(tokens)
     episode = Episode(problem)
     episode.hear(problem.prompt_ids)
@@ -33,7 +33,7 @@ def kept_to_solution(reference, chat, episodes: list[Episode], batch: Batch, arg
     episodes and one over their solutions."""
     decoder, grid = reference.get_decoder(), torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        solutions = [worked(episodes[i].problem, chat) for i in rows.tolist()]
+        solutions = [worked(episodes[i].problem, chat, args.max_new_tokens) for i in rows.tolist()]
         other = pack(solutions, chat.pad_id, grid.device)
         said, solved = (
             normalize(
