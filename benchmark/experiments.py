@@ -273,6 +273,8 @@ EXPERIMENTS = {
                 "vrpo_math", HALF | READS | NO_WORDS | {"bottleneck_layers": 0}
             )
         }
+        | {"reads, no semantic losses": Method("vrpo_math", HALF | READS | NO_WORDS)}
+        | {"reads, beta 0": Method("vrpo_math", HALF | READS | NO_WORDS | {"beta": 0.0})}
         | {"PPO after imitation": Method("benchmark.studies.imitation")},
         {name: ARMS[name] for name in ("symmetric 0.3", "no noise", "symmetric 0.2")}
         | {"symmetric 0.4": {"noise": "symmetric", "noise_rate": 0.4}},
