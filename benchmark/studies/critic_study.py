@@ -441,7 +441,7 @@ def report(frame: pd.DataFrame) -> list[str]:
         sections.append(f"{title}\n\n" + markdown(header, rows))
     some = frame[(frame["part"] == "passes") & (frame["rollouts"] == 2560)]
     for measure in ("r_squared", "explained_variance", "noise_fitted") if len(some) else ():
-        title = f"By passes over the same 2,560 rollouts, noise 0.3: {MEASURES[measure]}"
+        title = f"By passes, {MEASURES[measure]}: over the same 2,560 rollouts, noise 0.3"
         sections.append(table(title, some, "passes", measure))
         if measure != "noise_fitted":
             paired = from_plain(some, measure, "passes")
@@ -459,9 +459,9 @@ def report(frame: pd.DataFrame) -> list[str]:
 
 def shown(sections: list[str]) -> str:
     """The tables for the pages."""
-    return "\n".join(
-        x for x in sections if x.startswith(("explained", "R²: diff", "AUC: diff", "By "))
-    )
+    passes = "By passes, R²", "By passes, noise fitted"
+    begins = "explained", "R²: diff", "AUC: diff", *passes, "By rollouts"
+    return "\n".join(x for x in sections if x.startswith(begins))
 
 
 def draw(frame: pd.DataFrame):
