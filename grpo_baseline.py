@@ -386,7 +386,9 @@ def main(args: Args) -> None:
                     policy_term, stats = policy_loss(
                         logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
-                    loss = policy_term - args.entropy_coef * weighted_sum(entropy, weights)  # GRPO
+                    loss = policy_term  # GRPO
+                    if args.entropy_coef > 0:
+                        loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                     if args.kl_in == "loss" and args.kl_coef > 0:
                         loss = loss + args.kl_coef * kl_loss(
                             logprobs, part["ref_logprobs"], weights

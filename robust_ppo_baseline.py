@@ -511,7 +511,8 @@ def main(args: Args) -> None:
                         logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
                     )
                     loss = policy_term + args.value_coef * critic_term  # (10)
-                    loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
+                    if args.entropy_coef > 0:
+                        loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
                     if args.kl_in == "loss" and args.kl_coef > 0:
                         loss = loss + args.kl_coef * kl_loss(
                             logprobs, part["ref_logprobs"], weights

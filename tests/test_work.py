@@ -2,6 +2,7 @@
 memory fails here, and one that would have a GPU wait."""
 
 import importlib
+import io
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
+from ppo_baseline import hidden_states
 from tests.conftest import CRITICS, ROOT, SCRIPTS, read_metrics
-from utils import generation, tensors
+from utils import generation, prefixes, tensors
 from utils.models import load_policy, save_memory, twin
 
 EPISODES, EPOCHS = 8, 2
@@ -238,7 +240,7 @@ def test_gradient_checkpointing_computes_twice_and_keeps_less(tiny_model, monkey
     monkeypatch.setattr(LlamaDecoderLayer, "forward", noticed)
     policy, _ = load_policy(str(tiny_model), torch.device("cpu"))
     plain, found = twin(policy), []
-    flags = SimpleNamespace(gradient_checkpointing=True, shard=False)
+    flags = SimpleNamespace(gradient_checkpointing=True, share_prefixes=False, shard=False)
     save_memory(flags, policy, twin(policy), None)
     other = twin(policy)
     with torch.no_grad():
@@ -262,6 +264,59 @@ def test_gradient_checkpointing_computes_twice_and_keeps_less(tiny_model, monkey
     (all_kept, once, plainly), (kept, twice, again) = found
     assert (once, twice) == (2, 4) and kept < all_kept / 4
     assert all(torch.equal(a, b) for a, b in zip(plainly, again, strict=True))
+
+
+def test_shared_prefixes_give_the_same_gradients_from_fewer_tokens(tiny_model, monkeypatch):
+    """Two prompts of one template, three answers each; of padding and of an answer's first tokens
+    too, what rows have in common is read once."""
+    monkeypatch.setattr(prefixes, "ON", False)
+    policy, chat = load_policy(str(tiny_model), torch.device("cpu"))
+    policy.double()  # sums in another order round less
+    pad, starts = chat.pad_id, [[5, 6, 7, 8], [5, 6, 9, 8, 7]]
+    ends = [[11, 12, pad, pad, pad], [11, 13, 14, 15, pad], [11, 12, 16, 17, 18]]
+    rows = [start + end for start in starts for end in ends]
+    mask = [[False] * (len(row) - 6) + [True] * 5 for row in rows]
+    for i in (0, 3):  # nothing is chosen after EOS
+        mask[i][-2:] = [False, False]
+    rows = [row + [pad] * (10 - len(row)) for row in rows]
+    mask = torch.tensor([row + [False] * (10 - len(row)) for row in mask])
+    inputs, read, found = torch.tensor(rows), [], []
+    attend = LlamaDecoderLayer.forward
+
+    def noticed(self, hidden, *args, **kwargs):
+        read.append(hidden.shape[0] * hidden.shape[1])
+        return attend(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", noticed)
+    assert prefixes.in_order(inputs[[0, 3, 1, 4]]).tolist() == [0, 2, 1, 3]
+    weights = torch.randn(int(mask.sum()), 32, generator=torch.Generator().manual_seed(0))
+    for on in (False, True):
+        model, reference = twin(policy), twin(policy)
+        save_memory(
+            SimpleNamespace(gradient_checkpointing=False, share_prefixes=on, shard=False),
+            model, reference, None,
+        )  # fmt: skip
+        read.clear()
+        hidden = hidden_states(model.get_decoder(), inputs, mask)
+        (hidden * weights).sum().backward()
+        found.append((hidden, [p.grad for p in model.parameters()], read[0]))
+    (plain, plainly, all_tokens), (shared, once, fewer) = found
+    assert (all_tokens, fewer) == (60, 28)
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(once, plainly, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_with_shared_prefixes_is_the_same(run_main):
+    """Of PPO, whose critic has a backbone of its own: the same metrics but for rounding."""
+    plain, shared = (
+        pd.read_csv(io.StringIO(read_metrics(run_main("ppo_baseline", run_name=f"{x}", **flags))))
+        for x in (False, True)
+        for flags in ({"share_prefixes": x, "kl_coef": 0.1},)
+    )
+    kept = [
+        name for name in plain if "explained_variance" not in name
+    ]  # of a return that is constant
+    pd.testing.assert_frame_equal(plain[kept], shared[kept], rtol=1e-2, atol=1e-4)
 
 
 def test_a_run_with_gradient_checkpointing_is_the_same(run_main):

@@ -44,6 +44,8 @@ class RunArgs:
     """on a GPU: the same run twice is the same to the last bit; slower"""
     gradient_checkpointing: bool = False
     """layers are computed again in the backward pass: less memory, a third more time"""
+    share_prefixes: bool = False
+    """what episodes of a micro-batch begin with, such as their prompt, is read once in training too"""
     rollout_engine: Literal["own", "vllm"] = "own"
     """what samples the answers; vllm is to be installed beside the rest (docs/scaling.md)"""
     rollout_ratio_cap: float = 2.0

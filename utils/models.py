@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from utils import ranks
+from utils import prefixes, ranks
 from utils.errors import stop
 from utils.generation import generate
 from utils.ranks import join, shard
@@ -312,8 +312,13 @@ def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def save_memory(args, policy, reference, backbone: nn.Module | None) -> None:
     """--gradient-checkpointing: of each layer only the input is kept, and the backward pass computes
     the rest again. transformers' own does so in training mode alone, in which there would be
-    dropout. And --shard. `backbone` is a critic's own, if it has one."""
+    dropout. And --share-prefixes, --shard. `backbone` is a critic's own, if it has one."""
     models = [model for model in (policy, reference, backbone) if model is not None]
+    prefixes.ON = args.share_prefixes
+    if prefixes.ON:
+        decoders = [model.get_decoder() for model in models if model is not backbone]
+        decoders += [backbone] if backbone is not None else []
+        prefixes.share(decoders, policy.generation_config.pad_token_id)
     if args.gradient_checkpointing:
         for layer in [layer for model in models for layer in layers(model)]:
             layer.forward = partial(recomputed, layer.forward)

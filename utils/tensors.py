@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import ranks
+from utils import prefixes, ranks
 
 LOGITS_AT_ONCE = 2**23  # 32 MB in float32
 ON_A_GPU = 32  # times as many, 1 GB: smaller pieces would leave it idle
@@ -55,12 +55,14 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
-    stand together, so that little is padding. Several processes have every so-manieth part each.
+    stand together, so that little is padding, or with --share-prefixes those that begin alike. Several processes have every so-manieth part each.
     With --shard all have as many, as they gather weights together: some have a part without tokens
     in the end."""
     mask = batch["mask"].cpu()
-    last_column = mask.cumsum(1).argmax(1)
-    parts = last_column.argsort(stable=True).split(size)
+    order = mask.cumsum(1).argmax(1).argsort(stable=True)  # by the last column
+    if prefixes.ON:
+        order = prefixes.in_order(batch["inputs"])
+    parts = order.split(size)
     for rows in parts[ranks.RANK :: ranks.RANKS]:
         yield send(rows, batch["mask"].device), take(batch, rows, mask)
     if ranks.SHARDED and 0 < len(parts) % ranks.RANKS <= ranks.RANK:
