@@ -14,8 +14,7 @@ Differs from vrpo_math.py in:
 One grid holds an episode of any number of turns: the user's words are outside the mask, GAE jumps
 over them, bottleneck and semantic losses act on the assistant's tokens of all turns.
 
-What to watch: eval/average (held out, true) against reward/observed (the reward model's opinion).
-Where they drift apart, and answers or dialogues grow, the policy is exploiting the reward model.
+Where reward/observed, the reward model's opinion, drifts from eval/average, it is being exploited.
 
     python vrpo_dialogue.py                          # embedded assistant, user and reward model
     python vrpo_dialogue.py --reward-per turn

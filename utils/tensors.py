@@ -55,9 +55,9 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Tensor, Batch]]:
     """The batch in parts of at most `size` rows, as (row indices, part). Rows of similar length
-    stand together, so that little is padding, or with --share-prefixes those that begin alike. Several processes have every so-manieth part each.
-    With --shard all have as many, as they gather weights together: some have a part without tokens
-    in the end."""
+    stand together, so that little is padding, or with --share-prefixes those that begin alike.
+    Several processes have every so-manieth part each. With --shard all have as many, as they gather
+    weights together: some have a part without tokens in the end."""
     mask = batch["mask"].cpu()
     order = mask.cumsum(1).argmax(1).argsort(stable=True)  # by the last column
     if prefixes.ON:
