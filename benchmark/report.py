@@ -495,7 +495,7 @@ def worth(runs: pd.DataFrame):
         color = str(0.8 - 0.25 * n)
         right.plot(dose[known], dose["last"], ".-", color=color, label=in_words(arm), zorder=n)
         for method, (score, x) in here.iterrows() if arm == WORTH else ():
-            if method not in (*doses, "PPO after imitation"):
+            if method not in (*doses, "PPO after imitation") and not method.startswith("reads"):
                 right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
                 at = {"xytext": (-7, -3), "ha": "right"} if x > 0.8 else {"xytext": (7, -3)}
                 right.annotate(method, (x, score), textcoords="offset points", fontsize=7, **at)
