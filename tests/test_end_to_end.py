@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import ROOT, SCRIPTS, TALKERS, read_metrics, read_samples
+from tests.conftest import ROOT, SCRIPTS, read_metrics, read_samples
 
 # for what needs answers that end: the embedded model
 EMBEDDED = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32}
@@ -371,18 +371,16 @@ def test_plot_groups_seeds(run_main, shell, tmp_path):
 
 # --- dialogue ---
 
-WITH_DIALOGUE = (*TALKERS, "vrpo_dialogue")
-
 
 def read_transcripts(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
 
 
-def test_dialogue_under_a_reward_model_in_every_script(run_main, dialogue_flags, capsys):
+def test_dialogue_under_a_reward_model(run_main, dialogue_flags, capsys):
     """Two updates each: the field's metrics, rewards that sum to the reward model's score, the same
     dialogues in update 1."""
     first = {}
-    for name in WITH_DIALOGUE:
+    for name in ("ppo_baseline", "grpo_baseline", "dvpo_math", "vrpo_dialogue"):
         folder = run_main(name, plot=name == "vrpo_dialogue", **dialogue_flags | {"max_turns": 3})
         frame = pd.read_csv(folder / "metrics.csv")
         assert {
