@@ -1,0 +1,120 @@
+"""A supervised start for a pre-trained model: it learns what answers look like from some training
+problems' own, and is saved for the scripts' --model.
+
+    python benchmark/studies/supervised.py --model MODEL --dataset DATA --out runs/start
+
+A problem's answer is its worked solution, the right option with its letter, or what a clerk says
+who knows the rules. Prompts and splits are made by the scripts' flags; the problems are the first
+of the training split."""
+
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from assets.make.tiny_dialogue import clerk  # noqa: E402
+from ppo_baseline import hidden_states  # noqa: E402
+from utils.args import TaskArgs  # noqa: E402
+from utils.generation import Answer  # noqa: E402
+from utils.keyed import permutation  # noqa: E402
+from utils.models import load_policy, pick_device, save_policy, trainable  # noqa: E402
+from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
+from utils.world.environment import Episode  # noqa: E402
+from utils.world.tasks import load_task  # noqa: E402
+from utils.world.user import play  # noqa: E402
+
+
+@dataclass
+class Args(TaskArgs):
+    out: Path = Path("runs/start")
+    """folder for the model"""
+    examples: int = 320
+    """answers to learn from"""
+    epochs: int = 1
+    """passes over them"""
+    batch_size: int = 16
+    """of them in one step"""
+    learning_rate: float = 5e-5
+    """AdamW"""
+    seed: int = 1
+    """seed of their order, and of users and clerk"""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
+    dtype: str = "float32"
+    """float32 or bfloat16: precision of the forward passes (autocast)"""
+
+    noise, eval_size = "none", 0  # `load_task` asks for them
+
+
+def say(episode: Episode, text: str, chat) -> None:
+    tokens = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], min(chat.eos_ids)]
+    nothing = [0.0] * len(tokens)
+    episode.say(Answer(tokens, nothing, nothing, nothing), chat)
+
+
+def answered(problem, chat, args: Args) -> Episode:
+    """The problem with its own answer."""
+    episode = Episode(problem)
+    episode.hear(problem.prompt_ids)
+    if args.task == "dialogue":
+        rng, turns = random.Random(f"{args.seed} clerk {problem.key}"), []
+        user, said = play(problem.answer, turns, args.seed)
+        while user.ended is None and len(turns) < args.max_turns:
+            if turns:
+                episode.hear(chat.user_turn_ids(said[-1]))
+            turns.append(clerk(user, rng, careful=True))
+            say(episode, turns[-1], chat)
+            user, said = play(problem.answer, turns, args.seed)
+    elif problem.options:
+        option = problem.options["ABCDEFGHIJ".index(problem.answer)]
+        say(episode, f"{problem.answer}) {option}", chat)
+    else:
+        say(episode, problem.answer, chat)
+    return episode
+
+
+def imitate(policy, chat, episodes: list[Episode], args) -> None:
+    """Maximum likelihood of what the episodes say, `args.epochs` passes over them."""
+    batch, start = pack(episodes, chat.pad_id, policy.device), time.time()
+    precision = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
+    optimizer = torch.optim.AdamW(
+        trainable(policy), lr=args.learning_rate, weight_decay=0.0, fused=True
+    )
+    for epoch in range(args.epochs):
+        order = permutation(len(episodes), args.seed, "imitation", epoch)
+        for step, rows in enumerate(order.split(args.batch_size), 1):
+            part = take(batch, rows)
+            with precision:
+                hidden = hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
+                tokens = part["targets"][cells(part["mask"])]
+                logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
+            optimizer.zero_grad()
+            (-logprobs.mean()).backward()
+            nn.utils.clip_grad_norm_(trainable(policy), 1.0)
+            optimizer.step()
+            said = f"pass {epoch + 1}, step {step}: {-logprobs.mean():.3f} nats a token"
+            print(f"{said}, {time.time() - start:.0f} s", flush=True)
+    optimizer.zero_grad()
+
+
+def main(args: Args) -> None:
+    device = pick_device(args.device)
+    policy, chat = load_policy(args.model, device, system=args.system_prompt)
+    task = load_task(args, chat)
+    episodes = [answered(problem, chat, args) for problem in task.train[: args.examples]]
+    print(f"{len(episodes)} answers, the first: {episodes[0].completions}")
+    imitate(policy, chat, episodes, args)
+    save_policy(policy, args.out)
+    chat.tokenizer.save_pretrained(args.out)
+    print(f"saved to {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
