@@ -111,14 +111,14 @@ def test_imitation(run_main, monkeypatch):
     plain = pd.read_csv(run_main("ppo_baseline", updates=1) / "metrics.csv")
     found, imitate = [], imitation.imitate
 
-    def watch(policy, env, args):
+    def watch(policy, chat, solutions, *how):
         def nll():
-            some = [worked(problem, env.chat, 99) for problem in env.task.train]
-            batch = pack(some, env.chat.pad_id, env.device)
+            batch = pack(solutions, chat.pad_id, CPU)
+            args = SimpleNamespace(micro_batch_size=8, temperature=1.0)
             return -ppo.reference_logprobs(policy, batch, args)[batch["mask"]].mean().item()
 
         before = nll()
-        imitate(policy, env, args)
+        imitate(policy, chat, solutions, *how)
         found.append((before, nll()))
 
     monkeypatch.setattr(imitation, "imitate", watch)

@@ -10,15 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import ppo_baseline as ppo  # noqa: E402
+from benchmark.studies.supervised import imitate  # noqa: E402
 from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args  # noqa: E402
 from utils.errors import stop  # noqa: E402
-from utils.keyed import permutation  # noqa: E402
-from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
 from utils.world.solutions import worked  # noqa: E402
 
 SCRIPT = {name: getattr(ppo, name) for name in ("load_policy", "Environment")}
@@ -37,26 +34,6 @@ class Args(ImitationArgs, ppo.MethodArgs, ppo.UpdateArgs, RewardArgs, TaskArgs, 
     """Those of ppo_baseline.py, and the imitation's."""
 
 
-def imitate(policy, env, args: Args) -> None:
-    """Maximum likelihood of the worked solutions."""
-    solutions = [worked(p, env.chat, args.max_new_tokens) for p in env.task.train]
-    batch = pack(solutions, env.chat.pad_id, env.device)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.imitation_learning_rate, weight_decay=0.0)
-    for epoch in range(args.imitation_epochs):
-        order = permutation(len(batch["inputs"]), args.seed, "imitation", epoch)
-        for rows in order.split(24):
-            part = take(batch, rows)
-            hidden = ppo.hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
-            tokens = part["targets"][cells(part["mask"])]
-            logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
-            optimizer.zero_grad()
-            (-logprobs.mean()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-    optimizer.zero_grad()
-
-
 def main(args: Args) -> None:
     if args.task != "math":
         stop(f"--task {args.task}: only mathematics has worked solutions to imitate")
@@ -69,7 +46,9 @@ def main(args: Args) -> None:
     def environment(*given):
         env = SCRIPT["Environment"](*given)
         if not args.resume:
-            imitate(kept[0], env, args)
+            solutions = [worked(p, env.chat, args.max_new_tokens) for p in env.task.train]
+            how = args.imitation_epochs, 24, args.imitation_learning_rate, args.seed
+            imitate(kept[0], env.chat, solutions, *how)
         return env
 
     ppo.load_policy, ppo.Environment = load_policy, environment

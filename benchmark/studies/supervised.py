@@ -12,9 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Literal
 
 import torch
 import tyro
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +30,7 @@ from utils.generation import Answer  # noqa: E402
 from utils.keyed import permutation  # noqa: E402
 from utils.models import load_policy, pick_device, save_policy, trainable  # noqa: E402
 from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
+from utils.world.answers import LETTERS  # noqa: E402
 from utils.world.environment import Episode  # noqa: E402
 from utils.world.tasks import load_task  # noqa: E402
 from utils.world.user import play  # noqa: E402
@@ -47,8 +52,8 @@ class Args(TaskArgs):
     """seed of their order, and of users and clerk"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
-    dtype: str = "float32"
-    """float32 or bfloat16: precision of the forward passes (autocast)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward passes (autocast)"""
 
     noise, eval_size = "none", 0  # `load_task` asks for them
 
@@ -73,47 +78,50 @@ def answered(problem, chat, args: Args) -> Episode:
             say(episode, turns[-1], chat)
             user, said = play(problem.answer, turns, args.seed)
     elif problem.options:
-        option = problem.options["ABCDEFGHIJ".index(problem.answer)]
+        option = problem.options[LETTERS.index(problem.answer)]
         say(episode, f"{problem.answer}) {option}", chat)
     else:
         say(episode, problem.answer, chat)
     return episode
 
 
-def imitate(policy, chat, episodes: list[Episode], args) -> None:
-    """Maximum likelihood of what the episodes say, `args.epochs` passes over them."""
-    batch, start = pack(episodes, chat.pad_id, policy.device), time.time()
-    precision = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
-    optimizer = torch.optim.AdamW(
-        trainable(policy), lr=args.learning_rate, weight_decay=0.0, fused=True
-    )
-    for epoch in range(args.epochs):
-        order = permutation(len(episodes), args.seed, "imitation", epoch)
-        for step, rows in enumerate(order.split(args.batch_size), 1):
-            part = take(batch, rows)
-            with precision:
-                hidden = hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
-                tokens = part["targets"][cells(part["mask"])]
-                logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
-            optimizer.zero_grad()
-            (-logprobs.mean()).backward()
-            nn.utils.clip_grad_norm_(trainable(policy), 1.0)
-            optimizer.step()
-            said = f"pass {epoch + 1}, step {step}: {-logprobs.mean():.3f} nats a token"
-            print(f"{said}, {time.time() - start:.0f} s", flush=True)
+def imitate(
+    policy, chat, episodes: list[Episode], epochs: int, batch_size: int, learning_rate: float,
+    seed: int, dtype: str = "float32",
+) -> float:  # fmt: skip
+    """Maximum likelihood of what the episodes say, by AdamW; the mean negative log-likelihood of a
+    token, in nats, over the last tenth of the steps."""
+    batch, losses = pack(episodes, chat.pad_id, policy.device), []
+    precision = torch.autocast(policy.device.type, torch.bfloat16, dtype == "bfloat16")
+    optimizer = torch.optim.AdamW(trainable(policy), learning_rate, weight_decay=0.0, fused=True)
+    orders = [permutation(len(episodes), seed, "imitation", epoch) for epoch in range(epochs)]
+    steps = [rows for order in orders for rows in order.split(batch_size)]
+    for rows in track(steps, "imitation", console=Console(stderr=True)):
+        part = take(batch, rows)
+        with precision:
+            hidden = hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
+            tokens = part["targets"][cells(part["mask"])]
+            logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
+        optimizer.zero_grad()
+        (-logprobs.mean()).backward()
+        nn.utils.clip_grad_norm_(trainable(policy), 1.0)
+        optimizer.step()
+        losses.append(-logprobs.mean().item())
     optimizer.zero_grad()
+    return mean(losses[-(len(losses) // 10 + 1) :])
 
 
 def main(args: Args) -> None:
-    device = pick_device(args.device)
-    policy, chat = load_policy(args.model, device, system=args.system_prompt)
+    start = time.time()
+    policy, chat = load_policy(args.model, pick_device(args.device), system=args.system_prompt)
     task = load_task(args, chat)
     episodes = [answered(problem, chat, args) for problem in task.train[: args.examples]]
-    print(f"{len(episodes)} answers, the first: {episodes[0].completions}")
-    imitate(policy, chat, episodes, args)
+    print(f"{len(episodes)} answers, such as {' / '.join(episodes[0].completions)!r}")
+    settings = {k: getattr(args, k) for k in ("epochs", "batch_size", "learning_rate", "seed")}
+    loss = imitate(policy, chat, episodes, dtype=args.dtype, **settings)
     save_policy(policy, args.out)
     chat.tokenizer.save_pretrained(args.out)
-    print(f"saved to {args.out}")
+    print(f"{args.out}: {loss:.3f} nats a token at the end, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
