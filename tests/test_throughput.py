@@ -1,9 +1,11 @@
-"""The arithmetic behind the benchmark of speed."""
+"""The arithmetic behind the benchmark of speed, and what it needs of the scripts."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -51,3 +53,37 @@ def test_parts_are_charged_once():
     finally:
         throughput.time.perf_counter = throughput_time
     assert dict(clock.seconds) == {"outer": 5.0, "inner": 2.0}
+
+
+def test_rewards_of_trl_are_those_of_the_script(small_flags):
+    """TRL's trainer has tokens alone: as episodes they get what the script's own episodes get."""
+    script = importlib.import_module("grpo_baseline")
+    args = script.Args(**small_flags, noise="length", noise_rate=0.5)
+    policy, chat = script.load_policy(args.model, torch.device("cpu"))
+    env = script.Environment(args, chat, torch.device("cpu"))
+    episodes = script.rollout(policy, env, env.problems(3), args, 1.0)
+    rewards = script.observe(args, env.grade(episodes), episodes, 3).tolist()
+    completions = [e.tokens[len(e.problem.prompt_ids) :] for e in episodes]
+    assert throughput.told(script, args, env, completions, 3) == rewards
+    assert len(set(rewards)) == 2, "no coin has fallen"
+
+
+@pytest.mark.parametrize("name", sorted(set(throughput.SCRIPTS.values())))
+def test_every_script_has_the_parts_that_are_timed(name, run_main, monkeypatch):
+    """A renamed function would be missed."""
+    torchs = (
+        (torch.Tensor, "backward"),
+        (torch.nn.utils, "clip_grad_norm_"),
+        (torch.optim.AdamW, "step"),
+    )
+    for owner, function in torchs:
+        monkeypatch.setattr(owner, function, getattr(owner, function))  # put back afterwards
+    monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+    del sys.modules[name]  # so that a copy of it is changed
+    clock, turns = throughput.Clock("cpu"), SimpleNamespace()
+    clock.since, clock.flops_since = 0.0, 0
+    throughput.watch(importlib.import_module(name), clock, turns)
+    run_main(name, updates=1)
+    nobodys = {"critic"} if name == "grpo_baseline" else set()
+    assert set(clock.seconds) == set(throughput.PARTS) - nobodys
+    assert len(turns.report["answers"]) == len(turns.report["prompts"]) == 8

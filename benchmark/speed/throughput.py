@@ -4,14 +4,19 @@ the same work, and where they go.
     pip install trl==1.16.0                                  # optional: without it --systems grpo ppo vrpo
     python benchmark/speed/throughput.py                           # embedded model and SmolLM2-135M, about 40 minutes on two cores
     python benchmark/speed/throughput.py --models embedded --rounds 7
+    python benchmark/speed/throughput.py --models words --large-model runs/start --large-dataset DIR --rounds 3 --out throughput_words
     python benchmark/speed/throughput.py --against ../old          # the same scripts of another checkout beside these
 
 Every system runs in a process of its own, which waits while another has its turn: one update each,
-in turn, so that a machine whose speed drifts is unfair to nobody (with the large model in two
-groups, TRL and GRPO, PPO and VRPO). The same work: same model, prompts, sampling noise, epochs,
-minibatches, precision and rewards; the learning rate is 0, so all systems sample from the same
-policy in every update, and in float32 they get the same completions to the token (checked). Neither
-side computes a KL term.
+in turn, so that a machine whose speed drifts is unfair to nobody (with a large model in the groups
+of GROUPS). The same work: same model, prompts, sampling noise, epochs, minibatches, precision and
+rewards; the learning rate is 0, so all systems sample from the same policy in every update, and in
+float32 they get the same completions to the token, and the same rewards (checked). Neither side
+computes a KL term.
+
+`words` is the work of a run on word problems of one equation: a model of benchmark/studies/supervised.py,
+the problems of benchmark/studies/equations.py. There the scripts share prefixes, and `grpo-unshared`
+is GRPO without that.
 
 `trl` is TRL as it comes: its generation is transformers', without vLLM; with several epochs it
 makes a pass for the old log-probabilities; in bfloat16 it casts the weights anew for every decoded
@@ -45,63 +50,50 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmark" / "results"
 SCRIPTS = {
     "grpo": "grpo_baseline",
+    "grpo-unshared": "grpo_baseline",
     "ppo": "ppo_baseline",
     "vrpo": "vrpo_math",
     "dvpo": "dvpo_math",
     "robust": "robust_ppo_baseline",
 }
-PARTS = (
-    "generation",
-    "log-probabilities",
-    "critic",
-    "backward",
-    "optimizer",
-)  # and everything else
+SYSTEMS = ("trl", "trl-malloc", *SCRIPTS)
+PARTS = ("generation", "log-probabilities", "critic", "backward", "optimizer")  # and the rest
 WORK = {
-    "embedded": {"prompts_per_update": 64, "samples_per_prompt": 4, "max_new_tokens": 48, "minibatch_size": 64, "micro_batch_size": 16},
-    "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 64, "minibatch_size": 8, "micro_batch_size": 4,
+    "embedded": {"prompts_per_update": 64, "samples_per_prompt": 4, "max_new_tokens": 48, "epochs": 2, "minibatch_size": 64,
+                 "micro_batch_size": 16},
+    "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 64, "epochs": 2, "minibatch_size": 8, "micro_batch_size": 4,
              "max_prompt_tokens": 160, "prompt_template": 'Answer in one sentence and end with "The answer is" and the number. {question}'},
+    "words": {"prompts_per_update": 16, "samples_per_prompt": 8, "max_new_tokens": 24, "epochs": 1, "minibatch_size": 128, "micro_batch_size": 32,
+              "max_prompt_tokens": 160, "system_prompt": "Answer with one equation.", "rollout_batch_size": 128, "share_prefixes": True},
 }  # fmt: skip
-PAIRS = (
-    ("trl", "trl-malloc", "grpo"),
-    ("ppo", "vrpo"),
-)  # four processes of the large model at once would need more than 24 GB
-VERSIONS = ("torch", "transformers", "trl", "accelerate")
-COMMON = {
-    "seed": 1,
-    "epochs": 2,
-    "temperature": 1.0,
-    "learning_rate": 0.0,
-    "kl_coef": 0.0,
-    "noise": "symmetric",
+COMMON = {"seed": 1, "temperature": 1.0, "learning_rate": 0.0, "kl_coef": 0.0, "noise": "symmetric"}
+# systems that are measured together: four processes of a large model would need more than 24 GB
+# (of `words` TRL's peaks at 13 GB, GRPO's at 5)
+GROUPS = {
+    "embedded": [[system for system in SYSTEMS if system != "grpo-unshared"]],
+    "135m": [["trl", "trl-malloc", "grpo"], ["ppo", "vrpo"]],
+    "words": [["trl", "grpo"], ["trl-malloc", "grpo-unshared"], ["ppo", "vrpo"]],
 }
+VERSIONS = ("torch", "transformers", "trl", "accelerate")
 
 
 @dataclass
 class Args:
-    models: tuple[Literal["embedded", "135m"], ...] = ("embedded", "135m")
-    """which of the two workloads"""
-    systems: tuple[Literal["trl", "trl-malloc", "grpo", "ppo", "vrpo", "dvpo", "robust"], ...] = (
-        "trl",
-        "trl-malloc",
-        "grpo",
-        "ppo",
-        "vrpo",
-        "dvpo",
-        "robust",
-    )
-    """what to measure (dvpo and robust with the embedded model alone)"""
+    models: tuple[Literal["embedded", "135m", "words"], ...] = ("embedded", "135m")
+    """which of the workloads"""
+    systems: tuple[Literal[SYSTEMS], ...] = SYSTEMS
+    """what to measure, where it is in the workload's GROUPS"""
     rounds: int = 5
     """timed updates of each system, in turn"""
     large_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """the model of the workload 135m: a Hugging Face folder or hub id"""
+    """the model of the workloads 135m and words: a Hugging Face folder or hub id"""
     large_dataset: str = "openai/gsm8k"
     """its problems"""
     dtype: tuple[Literal["float32", "bfloat16"], Literal["float32", "bfloat16"]] = (
         "float32",
         "bfloat16",
     )
-    """precision of the forward passes, of the embedded model and of the large one"""
+    """precision of the forward passes, with the embedded model and with a large one"""
     device: str = "cpu"
     """cpu or cuda"""
     against: tuple[Path, ...] = ()
@@ -187,13 +179,48 @@ class Turns:
 
 
 def flags_of(spec: dict) -> dict:
-    flags = {**COMMON, **WORK[spec["work"]], "dtype": spec["dtype"], "device": spec["device"]}
-    if spec["work"] == "135m":
-        return flags | {"model": spec["model"], "dataset": spec["dataset"]}
-    return flags | {
-        "model": str(ROOT / "assets/tiny_math"),
-        "dataset": str(ROOT / "assets/data/tiny_math"),
-    }
+    flags = COMMON | WORK[spec["work"]]
+    flags |= {name: spec[name] for name in ("model", "dataset", "dtype", "device")}
+    return flags | ({"share_prefixes": False} if spec["system"] == "grpo-unshared" else {})
+
+
+def watch(module, clock: Clock, turns) -> None:
+    """Time a script's parts, and have what it samples and is rewarded for in the turns' report."""
+    critics = []
+
+    def owner(model, *_) -> str:
+        of_critics = [x for c in critics for x in (c.backbone, getattr(c, "lm_head", None))]
+        return "critic" if any(model is x for x in of_critics) else "log-probabilities"
+
+    clock.wrap(module, "rollout", "generation")
+    clock.wrap(module, "hidden_states", owner)
+    clock.wrap(module, "logprobs_and_entropy", owner)
+    if hasattr(module, "Critic"):
+        begin = module.Critic.__init__
+
+        def init(self, *args):
+            begin(self, *args)
+            critics.append(self)
+
+        module.Critic.__init__ = init
+        clock.wrap(module, "score_tokens", "critic")
+        clock.wrap(module, "critic_loss", "critic")
+    clock.wrap(torch.Tensor, "backward", "backward")
+    clock.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
+    clock.wrap(torch.optim.AdamW, "step", "optimizer")
+    observe = module.observe
+
+    def noticed(args, scores, episodes, update):
+        observed = observe(args, scores, episodes, update)
+        done = [(*e.tokens, reward) for e, reward in zip(episodes, observed.tolist(), strict=True)]
+        turns.report = {
+            "answers": [e.length for e in episodes],
+            "prompts": [len(e.tokens) - e.length for e in episodes],
+            "digest": hash(tuple(done)),
+        }
+        return observed
+
+    module.observe = noticed
 
 
 def run_script(spec: dict) -> None:
@@ -203,97 +230,52 @@ def run_script(spec: dict) -> None:
     module = importlib.import_module(SCRIPTS[spec["system"]])
     clock = Clock(spec["device"])
     turns = Turns(clock)
-    heads = []  # LM heads of critics
-    clock.wrap(module, "rollout", "generation")
-    clock.wrap(module, "hidden_states", "log-probabilities")
-    clock.wrap(
-        module,
-        "logprobs_and_entropy",
-        lambda head, *_: "critic" if any(head is x for x in heads) else "log-probabilities",
-    )
-    if hasattr(module, "Critic"):
-        begin = module.Critic.__init__
-
-        def init(self, *args):
-            begin(self, *args)
-            heads.append(getattr(self, "lm_head", None))
-
-        module.Critic.__init__ = init
-        clock.wrap(
-            module.Critic,
-            "quantiles" if hasattr(module.Critic, "quantiles") else "values",
-            "critic",
-        )
-        if hasattr(module, "critic_loss"):
-            clock.wrap(module, "critic_loss", "critic")
-        features = module.Critic.features
-
-        def critic_features(self, *args):  # its hidden_states() is the critic's, not the policy's
-            inner, module.hidden_states = module.hidden_states, module.hidden_states.__wrapped__
-            try:
-                return features(self, *args)
-            finally:
-                module.hidden_states = inner
-
-        module.Critic.features = critic_features
-        clock.wrap(module.Critic, "features", "critic")
-    clock.wrap(torch.Tensor, "backward", "backward")
-    clock.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
-    clock.wrap(torch.optim.AdamW, "step", "optimizer")
-    pack = module.pack
-
-    def noticed(episodes, *rest):
-        answers = [[t for t, c in zip(e.tokens, e.chosen, strict=True) if c] for e in episodes]
-        prompts = [len(e.tokens) - len(a) for e, a in zip(episodes, answers, strict=True)]
-        turns.report = {
-            "answers": [len(a) for a in answers],
-            "prompts": prompts,
-            "digest": digest(answers),
-        }
-        return pack(episodes, *rest)
-
-    module.pack = noticed
+    watch(module, clock, turns)
     module.Run.log = lambda self, update, metrics: turns.end()
-    flags = {
-        **flags_of(spec),
-        "updates": 1000,
-        "eval_every": 1000,
-        "save_every": 1000,
-        "eval_size": 1,
-    }
+    flags = {"updates": 1000, "eval_every": 1000, "save_every": 1000, "eval_size": 1}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        module.main(module.Args(**flags))
+        module.main(module.Args(**flags_of(spec), **flags))
+
+
+def told(script, args, env, completions: list[list[int]], update: int) -> list[float]:
+    """What a script tells its optimiser of completions (token ids) to the problems of an update."""
+    from utils.generation import Answer
+
+    episodes = [env.begin(problem) for problem in env.problems(update)]
+    for episode, ids in zip(episodes, completions, strict=True):
+        episode.say(Answer(ids, *[[0.0] * len(ids)] * 3), env.chat)
+    scores = env.score(episodes, env.grade(episodes))
+    return script.observe(args, scores, episodes, update).tolist()
 
 
 def run_trl(spec: dict) -> None:
     """TRL's GRPOTrainer on the prompts that the scripts draw, with their rewards, stopped every
     update's worth of optimizer steps."""
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, masking_utils
     from trl import GRPOConfig, GRPOTrainer
 
     clock = Clock(spec["device"])
     turns = Turns(clock)
     sys.path.insert(0, str(ROOT))
+    own = dict(vars(masking_utils))
     import grpo_baseline as script
     from utils.keyed import seed_torch
     from utils.models import keep_freed_memory
 
+    vars(masking_utils).update(own)  # without what the scripts change in transformers
     if spec["system"] == "trl-malloc":
         keep_freed_memory()
     args = script.Args(**flags_of(spec))
-    policy, chat = script.load_policy(args.model, torch.device(args.device))
-    task = script.load_task(args, chat)
-    problems = [
-        p
-        for update in range(spec["rounds"] + 2)
-        for p in task.batch(args.seed, update + 1, args.prompts_per_update)
-    ]
+    device = torch.device(args.device)
+    policy, chat = script.load_policy(args.model, device, system=args.system_prompt)
+    env = script.Environment(args, chat, device)
     texts = [
-        chat.tokenizer.decode(p.prompt_ids, clean_up_tokenization_spaces=False) for p in problems
+        chat.tokenizer.decode(problem.prompt_ids, clean_up_tokenization_spaces=False)
+        for update in range(1, spec["rounds"] + 3)
+        for problem in env.problems(update)[:: args.samples_per_prompt]
     ]
-    data = Dataset.from_dict({"prompt": texts, "index": list(range(len(problems)))})
     episodes = args.prompts_per_update * args.samples_per_prompt
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.micro_batch_size,
@@ -307,19 +289,6 @@ def run_trl(spec: dict) -> None:
     )  # fmt: skip
     update = 0
 
-    def reward(prompts, completions, completion_ids, index, **_):
-        clean = [
-            task.grade(problems[i], [chat.decode(ids)] if ids[-1] in chat.eos_ids else [""])
-            for i, ids in zip(index, completion_ids, strict=True)
-        ]
-        lengths = [len(ids) for ids in completion_ids]
-        turns.report = {
-            "answers": lengths,
-            "prompts": [len(problems[i].prompt_ids) for i in index],
-            "digest": digest(completion_ids),
-        }
-        return script.observe(args, clean, [problems[i].key for i in index], lengths, update)
-
     class Stop(TrainerCallback):
         def on_train_begin(self, *_, **__):
             turns.end()
@@ -328,39 +297,30 @@ def run_trl(spec: dict) -> None:
             if state.global_step % (episodes // args.minibatch_size * args.epochs) == 0:
                 turns.end()
 
+    watch(script, clock, turns)
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=reward,
+        reward_funcs=lambda completion_ids, **_: told(script, args, env, completion_ids, update),
         args=config,
-        train_dataset=data,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=chat.tokenizer,
         callbacks=[Stop()],
     )
-    generate, tokenize = policy.generate, trainer._tokenize_prompts
-
-    def seeded(*a, **k):
-        nonlocal update
-        update += 1
-        seed_torch(args.seed, "rollout", update)
-        return generate(*a, **k)
+    tokenize = trainer._tokenize_prompts
 
     def checked(prompts):
+        nonlocal update
+        update += 1
         found = tokenize(prompts)
-        expected = [problems[texts.index(p)].prompt_ids for p in prompts]
+        expected = [problem.prompt_ids for problem in env.problems(update)]
         assert found[0] == expected, "TRL reads other prompts than the scripts"
+        seed_torch(args.seed, "rollout", update)
         return found
 
-    policy.generate, trainer._tokenize_prompts = seeded, checked
+    trainer._tokenize_prompts = checked
     clock.wrap(trainer, "_generate_single_turn", "generation")
     clock.wrap(trainer, "_get_per_token_logps_and_entropies", "log-probabilities")
-    clock.wrap(torch.Tensor, "backward", "backward")
-    clock.wrap(trainer.accelerator, "clip_grad_norm_", "optimizer")
-    clock.wrap(torch.optim.AdamW, "step", "optimizer")
     trainer.train()
-
-
-def digest(rows: list[list[int]]) -> int:
-    return sum(hash(tuple(row)) for row in rows) % 2**32
 
 
 # ==== the parent ======================================================================================================
@@ -430,39 +390,27 @@ def measure(args: Args, work: str, rates: dict[str, float]) -> tuple[list[dict],
     """All rounds of one workload: rows of the CSV, lines of the report."""
     from transformers import AutoConfig
 
-    dtype = args.dtype[list(WORK).index(work)]
-    systems = {name: str(ROOT) for name in args.systems}
-    for root in args.against:
+    dtype = args.dtype[0 if work == "embedded" else 1]
+    systems = {name: (name, ROOT) for name in args.systems}
+    for root in (path.resolve() for path in args.against):
         systems |= {
-            f"{name} ({root.resolve().name})": str(root.resolve())
-            for name in args.systems
-            if name in SCRIPTS
+            f"{name} ({root.name})": (name, root) for name in args.systems if name in SCRIPTS
         }
-    config = AutoConfig.from_pretrained(
-        str(ROOT / "assets/tiny_math") if work == "embedded" else args.large_model
-    )
+    files = (args.large_model, args.large_dataset)
+    if work == "embedded":
+        files = (ROOT / "assets/tiny_math", ROOT / "assets/data/tiny_math")
+    model, dataset = (str(Path(x).resolve() if Path(x).exists() else x) for x in files)
+    config = AutoConfig.from_pretrained(model)
     rows, flops, digests = [], {}, {}
-    together = (
-        [list(systems)]
-        if work == "embedded"
-        else [[s for s in systems if s.split()[0] in pair] for pair in PAIRS]
-    )
-    for names in (group for group in together if group):
+    for group in GROUPS[work]:
         workers = {}
-        for name in names:
+        for name, (system, root) in systems.items():
+            if system not in group:
+                continue
             spec = {
-                "system": name.split()[0],
-                "root": systems[name],
-                "work": work,
-                "dtype": dtype,
-                "device": args.device,
-                "rounds": args.rounds,
-            }
-            spec |= {"model": args.large_model, "dataset": args.large_dataset}
-            for key in ("model", "dataset"):
-                spec[key] = (
-                    str(Path(spec[key]).resolve()) if Path(spec[key]).exists() else spec[key]
-                )
+                "system": system, "root": str(root), "work": work, "model": model, "dataset": dataset, "dtype": dtype,
+                "device": args.device, "rounds": args.rounds,
+            }  # fmt: skip
             errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
             process = subprocess.Popen(
                 [sys.executable, __file__, "--one", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -527,14 +475,14 @@ def report(
     by_system: dict[str, list[dict]] = {}
     for row in rows:
         by_system.setdefault(row["system"], []).append(row)
-    middle = statistics.median
+    middle, epochs = statistics.median, WORK[work]["epochs"]
     tokens = [
         sum(r[key] for r in rows) / sum(r["completions"] for r in rows)
         for key in ("prompt_tokens", "answer_tokens")
     ]
     lines = [
         f"**{work}**, {dtype}: {rows[0]['completions']} completions an update (prompt {tokens[0]:.0f}, answer {tokens[1]:.0f} tokens on average), "
-        f"{COMMON['epochs']} epochs; completions {'identical' if same else 'not identical token by token'} in all systems; "
+        f"{epochs} epoch{'s' * (epochs > 1)}; completions and rewards {'identical' if same else 'not identical token by token'} in all systems; "
         f"{len(by_system[rows[0]['system']])} rounds",
         "",
         "| system | completions/s, median (range) | seconds of an update | completions/s against TRL | seconds against GRPO | against PPO |",
