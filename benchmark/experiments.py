@@ -82,18 +82,14 @@ RATES = (3e-5, 1e-4, 3e-4)
 NO_WORDS: Flags = {"lambda_ent": 0.0, "lambda_ppl": 0.0}
 
 
-# SmolLM2-135M as far as two cores go. benchmark/run.py --model and --data say where it and the data
-# lie. These runs and those of `dialogue` were made when the critics had other defaults, given here.
+# SmolLM2-135M after a supervised start; docs/results/real-model.md makes model and data.
 REAL: Flags = {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "bfloat16", "max_prompt_tokens": 160,
-    "train_split": "train[:90%]", "test_split": "train[90%:]", "truncated": "grade", "updates": 8,
-    "prompts_per_update": 8, "samples_per_prompt": 4, "epochs": 1, "minibatch_size": 16,
-    "micro_batch_size": 8, "rollout_batch_size": 64, "learning_rate": 2e-5, "eval_every": 4,
-    "eval_size": 64, "save_every": 4,
+    "dtype": "bfloat16", "lora_rank": 16, "share_prefixes": True, "max_prompt_tokens": 160,
+    "updates": 30, "prompts_per_update": 16, "samples_per_prompt": 8, "epochs": 1,
+    "minibatch_size": 128, "micro_batch_size": 32, "rollout_batch_size": 128,
+    "learning_rate": 5e-4, "eval_every": 6, "eval_size": 250,
 }  # fmt: skip
-WORDS = '{question}\nEnd with "The answer is" and the number.'
-LETTER = "{question}\nAnswer with one letter."
-SYSTEM = "You answer questions of science. Your answer is the right option, such as: B) water"
+REAL_CRITIC: Flags = {"critic_learning_rate": 5e-4}
 
 
 def with_critics(critic: Flags, vrpo: Flags, vrpo_script: str = "vrpo_math") -> dict[str, Method]:
@@ -338,22 +334,18 @@ EXPERIMENTS = {
         seconds=600.0,
     ),
     "word_problems": Experiment(
-        "SmolLM2-135M on ASDiv and MAWPS (--data: a folder with train.jsonl, columns question and "
-        "answer)",
-        REAL | {"dataset": "asdiv_mawps", "max_new_tokens": 48, "prompt_template": WORDS},
-        with_critics({"critic_learning_rate": 5e-5}, {"beta_warmup": 3}),
-        {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
-        (1,),
-        seconds=700.0,
-    ),
-    "arc_easy": Experiment(
-        "SmolLM2-135M on ARC-Easy",
+        "SmolLM2-135M on word problems of one equation",
         REAL
-        | {"task": "science", "dataset": "allenai/ai2_arc", "dataset_config": "ARC-Easy"}
-        | {"max_new_tokens": 16, "prompt_template": LETTER, "system_prompt": SYSTEM},
-        with_critics({"critic_learning_rate": 5e-5}, {"beta_warmup": 3}),
-        {name: ARMS[name] for name in ("no noise", "symmetric 0.2", "coin")},
-        (1,),
-        seconds=500.0,
+        | {"model": "runs/words/start", "dataset": "runs/words", "max_new_tokens": 24}
+        | {"system_prompt": "Answer with one equation."},
+        {
+            "PPO": Method("ppo_baseline", REAL_CRITIC),
+            "GRPO": Method(GRPO),
+            "VRPO": Method("vrpo_math", REAL_CRITIC),
+            "VRPO that reads": Method("vrpo_math", REAL_CRITIC | HALF | READS),
+        },
+        {name: ARMS[name] for name in ("symmetric 0.2", "no noise")},
+        (1, 2),
+        seconds=1200.0,
     ),
 }

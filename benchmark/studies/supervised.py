@@ -40,7 +40,7 @@ from utils.world.user import play  # noqa: E402
 class Args(TaskArgs):
     out: Path = Path("runs/start")
     """folder for the model"""
-    examples: int = 320
+    examples: int = 96
     """answers to learn from"""
     epochs: int = 1
     """passes over them"""
