@@ -76,8 +76,14 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in self.flags.items()]
-        return [f"{self.script.replace('.', '/')}.py", *(word for pair in pairs for word in pair)]
+        words = [f"{self.script.replace('.', '/')}.py"]
+        for key, value in self.flags.items():
+            name = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
+        return words
 
     @property
     def digest(self) -> str:
