@@ -59,7 +59,7 @@ TITLES = {
 # Those of `dialogue` are in its folder.
 NO_CURVES = (
     "bottleneck_depth", "token_ratio", "beta_sweep", "semantic_head", "advantage_variance",
-    "failures", "dialogue", "word_problems", "arc_easy",
+    "failures", "dialogue",
 )  # fmt: skip
 
 
