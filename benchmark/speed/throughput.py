@@ -63,7 +63,7 @@ WORK = {
                  "micro_batch_size": 16},
     "135m": {"prompts_per_update": 4, "samples_per_prompt": 4, "max_new_tokens": 64, "epochs": 2, "minibatch_size": 8, "micro_batch_size": 4,
              "max_prompt_tokens": 160, "prompt_template": 'Answer in one sentence and end with "The answer is" and the number. {question}'},
-    "words": {"prompts_per_update": 16, "samples_per_prompt": 8, "max_new_tokens": 24, "epochs": 1, "minibatch_size": 128, "micro_batch_size": 32,
+    "words": {"prompts_per_update": 16, "samples_per_prompt": 8, "max_new_tokens": 24, "epochs": 1, "minibatch_size": 128, "micro_batch_size": 16,
               "max_prompt_tokens": 160, "system_prompt": "Answer with one equation.", "rollout_batch_size": 128, "share_prefixes": True},
 }  # fmt: skip
 COMMON = {"seed": 1, "temperature": 1.0, "learning_rate": 0.0, "kl_coef": 0.0, "noise": "symmetric"}
