@@ -342,4 +342,15 @@ EXPERIMENTS = {
         (1, 2),
         seconds=1200.0,
     ),
+    "real_dialogues": Experiment(
+        "SmolLM2-135M in dialogues under the learned reward model",
+        REAL
+        | {"task": "dialogue", "model": "runs/dialogue/start", "max_prompt_tokens": 256}
+        | {"updates": 12, "prompts_per_update": 8, "samples_per_prompt": 4, "minibatch_size": 32}
+        | {"micro_batch_size": 8, "eval_every": 6, "eval_size": 128, "save_every": 6},
+        methods("PPO", "GRPO") | {"VRPO": Method("vrpo_dialogue")},
+        {"reward model": {}},
+        (1,),
+        seconds=700.0,
+    ),
 }
