@@ -35,8 +35,8 @@ def test_equations_by_hand(question, answer, worked):
 
 def test_splits(tmp_path):
     rows = [{"question": f"{i} and {i + 20}?", "answer": str(2 * i + 20)} for i in range(1, 41)]
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    equations.main(tmp_path / "all.jsonl", tmp_path, test=5)
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 2 * rows))
+    equations.main(equations.Args((f"{tmp_path / 'all.jsonl'}",), tmp_path, test=5))
     found = {
         split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").open()]
         for split in ("train", "test")

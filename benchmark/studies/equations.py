@@ -1,22 +1,46 @@
 """Word problems with bare numbers as answers become problems with a worked answer, `7 + 2 = 9`:
 those that name two numbers, of which exactly one operation makes the answer.
 
-    python benchmark/studies/equations.py DIR/train.jsonl OUT     # columns question and answer
+    python benchmark/studies/equations.py MU-NLPC/Calc-mawps MU-NLPC/Calc-asdiv_a@test --answer-column result
+    python benchmark/studies/equations.py DIR           # a folder with train.jsonl: question, answer
 
-Writes OUT/train.jsonl and OUT/test.jsonl."""
+Writes train.jsonl and test.jsonl to --out, for the scripts' --dataset."""
 
 import json
 import re
+import sys
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from utils.world.answers import COUNTS
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from utils.world.answers import COUNTS, quantity  # noqa: E402
+from utils.world.data import load_split  # noqa: E402
 
 WORDS = "|".join(sorted(COUNTS, key=len, reverse=True))
 NUMBER = re.compile(rf"\d+(?:,\d{{3}})*(?:\.\d+)?|\b(?:{WORDS})\b", re.IGNORECASE)
+
+
+@dataclass
+class Args:
+    datasets: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """folders or hub names, NAME or NAME@SPLIT"""
+    out: Path = Path("runs/words")
+    """folder for the two files"""
+    question_column: str | None = None
+    """default: question, problem, ..."""
+    answer_column: str | None = None
+    """default: answer, solution, ..."""
+    test: int = 250
+    """problems that are held out, every so-manieth"""
+    largest: int = 100
+    """number in a problem or its answer; small models calculate badly with large ones"""
+
+    choices_column, seed = None, 1  # `load_split` asks for them
 
 
 def numbers(question: str) -> list[Fraction]:
@@ -28,18 +52,18 @@ def numbers(question: str) -> list[Fraction]:
 def equation(question: str, answer: str, largest: int) -> str | None:
     """The one `a op b = c` that leads from the question's two numbers to its answer, if there is
     one and none of the three is too large."""
-    named = numbers(question)
-    if len(named) != 2 or max(*named, Fraction(answer)) > largest:
+    named, wanted = numbers(question), quantity(answer)[0]
+    if len(named) != 2 or wanted is None or max(*named, wanted) > largest:
         return None
     first, second = named
     fits = []
     for a, b in ((first, second), (second, first)):
         results = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}
-        fits += [(a, op, b) for op, c in results.items() if c == Fraction(answer)]
+        fits += [(a, op, b) for op, c in results.items() if c == wanted]
     if len({op for _, op, _ in fits}) != 1:
         return None
     a, op, b = fits[0]
-    return f"{decimal(a)} {op} {decimal(b)} = {answer}"
+    return f"{decimal(a)} {op} {decimal(b)} = {decimal(wanted)}"
 
 
 def decimal(x: Fraction) -> str:
@@ -47,24 +71,23 @@ def decimal(x: Fraction) -> str:
     return f"{float(x):.10g}"
 
 
-def main(
-    file: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
-    test: int = 250,
-    largest: int = 100,
-) -> None:
-    """test: problems that are held out, every so-manieth. largest: number in a problem and its
-    answer; small models calculate badly with large ones."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    worked = [(row["question"], equation(**row, largest=largest)) for row in rows]
-    lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in worked if a]
-    held_out = {i * len(lines) // test for i in range(test)}
-    out.mkdir(parents=True, exist_ok=True)
+def main(args: Args) -> None:
+    lines = {}  # no question twice
+    for name in args.datasets:
+        name, _, split = name.partition("@")
+        for found in load_split(args, name, None, split or None, "train", unlabelled=False):
+            worked = found.answer and equation(found.text, found.answer, args.largest)
+            if worked:
+                row = {"question": found.text, "answer": worked}
+                lines.setdefault(found.text, json.dumps(row, ensure_ascii=False) + "\n")
+    lines = list(lines.values())
+    held_out = {i * len(lines) // args.test for i in range(args.test)}
+    args.out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         kept = [line for i, line in enumerate(lines) if (i in held_out) == (split == "test")]
-        (out / f"{split}.jsonl").write_text("".join(kept))
-        print(f"{out / split}.jsonl: {len(kept)} problems")
+        (args.out / f"{split}.jsonl").write_text("".join(kept), encoding="utf-8")
+        print(f"{args.out / split}.jsonl: {len(kept)} problems")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(tyro.cli(Args, description=__doc__))
