@@ -76,14 +76,14 @@ def test_own_answers(tmp_path):
 
 
 def test_a_start_learns_and_is_saved(tmp_path):
-    """Twelve answers, learnt by heart, are what the saved model says."""
-    a = args(tmp_path, train_split="train[:12]", examples=12, epochs=20, batch_size=12)
+    """Four answers, learnt by heart, are what the saved model says."""
+    a = args(tmp_path, train_split="train[:4]", epochs=16, batch_size=4)
     a.learning_rate, a.max_prompt_tokens = 3e-3, 60
     supervised.main(a)
     policy, chat = load_policy(str(a.out), CPU)
-    problems = load_task(a, chat).train[:12]
-    said = generate(policy, chat, [p.prompt_ids for p in problems], 48, 0.0, 12)
+    problems = load_task(a, chat).train
+    said = generate(policy, chat, [p.prompt_ids for p in problems], 48, 0.0)
     right = [
         chat.decode(answer.tokens) == p.answer for answer, p in zip(said, problems, strict=True)
     ]
-    assert sum(right) >= 10
+    assert sum(right) >= 3
