@@ -68,7 +68,8 @@ def test_by_hand(monkeypatch):
     assert with_reading(features, {"mask": batch["mask"]}) is features
 
 
-def test_a_real_model_keeps_to_its_own_words_exactly(tiny_model, tiny_data):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_real_model_keeps_to_its_own_words_exactly(bfloat16, tiny_model, tiny_data):
     """An answer that is the solution has 1 in every state, in both kinds of numbers."""
     args = vrpo.Args(model=str(tiny_model), dataset=str(tiny_data))
     policy, chat = load_policy(args.model, CPU)
@@ -76,12 +77,14 @@ def test_a_real_model_keeps_to_its_own_words_exactly(tiny_model, tiny_data):
     episodes = [worked(problem, chat, 99) for problem in problems]
     assert episodes[0].completions == [problems[0].answer]
     batch = pack(episodes, chat.pad_id, CPU)
-    kept = kept_to_solution(policy, chat, episodes, batch, args)
+    with torch.autocast("cpu", torch.bfloat16, bfloat16):
+        kept = kept_to_solution(policy, chat, episodes, batch, args)
     assert torch.allclose(kept, batch["mask"].float(), atol=1e-4)
     wrong = [worked(problem, chat, 99) for problem in problems]
     for episode, other in zip(wrong, problems[1:], strict=False):
         episode.problem = other  # what was said to another question
-    kept = kept_to_solution(policy, chat, wrong, batch, args)
+    with torch.autocast("cpu", torch.bfloat16, bfloat16):
+        kept = kept_to_solution(policy, chat, wrong, batch, args)
     assert kept[0].sum() < 0.1 and torch.allclose(kept[2], batch["mask"][2].float(), atol=1e-4)
 
 

@@ -41,7 +41,8 @@ def kept_to_solution(reference, chat, episodes: list[Episode], batch: Batch, arg
             )
             for x in (part, other)
         )
-        cosines = said @ solved.mT  # (b, T, S)
+        with torch.autocast(grid.device.type, enabled=False):  # a power of 20 needs float32
+            cosines = said @ solved.mT  # (b, T, S)
         nearest = cosines.masked_fill(~other["mask"].unsqueeze(1), 0.0).amax(-1)
         nearest = nearest.clamp(0, 1).masked_fill(~part["mask"], 1.0).cummin(1).values
         grid[rows, : nearest.shape[1]] = torch.where(part["mask"], nearest**SHARPNESS, 0.0)
