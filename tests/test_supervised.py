@@ -44,10 +44,13 @@ def test_splits(tmp_path):
     assert [row["question"] for row in found["test"]] == [
         f"{i} and {i + 20}?" for i in (1, 9, 17, 25, 33)
     ]
+    with pytest.raises(SystemExit, match="--test 40: of such problems there are 40"):
+        equations.main(equations.Args((str(tmp_path / "all.jsonl"),), tmp_path, test=40))
     assert len(found["train"]) == 35 and found["train"][0]["answer"] == "2 + 22 = 24"
 
 
 def args(tmp_path, **flags) -> supervised.Args:
+    flags = {"model": "assets/tiny_math"} | flags
     return supervised.Args(out=tmp_path / "start", device="cpu", **flags)
 
 
@@ -64,7 +67,7 @@ def test_own_answers(tmp_path):
     episode = supervised.answered(problem, chat, a)
     assert episode.completions[0][:2] == f"{problem.answer})"
     assert task.grade(problem, episode.completions) == 1
-    a = args(tmp_path, task="dialogue", max_turns=12)
+    a = args(tmp_path, task="dialogue")
     _, chat = load_policy("assets/tiny_dialogue", CPU)
     for problem in load_task(a, chat).train[:5]:
         episode = supervised.answered(problem, chat, a)

@@ -18,6 +18,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from utils.errors import stop  # noqa: E402
+from utils.files import make_folder  # noqa: E402
 from utils.world.answers import COUNTS, quantity  # noqa: E402
 from utils.world.data import load_split  # noqa: E402
 
@@ -36,7 +38,7 @@ class Args:
     answer_column: str | None = None
     """default: answer, solution, ..."""
     test: int = 250
-    """problems that are held out, every so-manieth"""
+    """problems that are held out, spread evenly over all"""
     largest: int = 100
     """number in a problem or its answer; small models calculate badly with large ones"""
 
@@ -44,7 +46,7 @@ class Args:
 
 
 def numbers(question: str) -> list[Fraction]:
-    """Those in a text, in digits or as a word up to ninety, in their order."""
+    """Those in a text, in digits or as one word up to ninety, in their order; twenty-five is two."""
     found = (text.lower().replace(",", "") for text in NUMBER.findall(question))
     return [Fraction(COUNTS.get(text, text)) for text in found]
 
@@ -74,15 +76,19 @@ def decimal(x: Fraction) -> str:
 def main(args: Args) -> None:
     lines = {}  # no question twice
     for name in args.datasets:
-        name, _, split = name.partition("@")
+        name, _, split = (name, "", "") if Path(name).exists() else name.partition("@")
         for found in load_split(args, name, None, split or None, "train", unlabelled=False):
             worked = found.answer and equation(found.text, found.answer, args.largest)
             if worked:
                 row = {"question": found.text, "answer": worked}
                 lines.setdefault(found.text, json.dumps(row, ensure_ascii=False) + "\n")
     lines = list(lines.values())
+    if not 0 < args.test < len(lines):
+        stop(
+            f"--test {args.test}: of such problems there are {len(lines)}, to train on and to test"
+        )
     held_out = {i * len(lines) // args.test for i in range(args.test)}
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", args.out)
     for split in ("train", "test"):
         kept = [line for i, line in enumerate(lines) if (i in held_out) == (split == "test")]
         (args.out / f"{split}.jsonl").write_text("".join(kept), encoding="utf-8")

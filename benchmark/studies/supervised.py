@@ -1,5 +1,5 @@
-"""A supervised start for a pre-trained model: it learns what answers look like from some training
-problems' own, and is saved for the scripts' --model.
+"""Supervised fine-tuning (SFT) as a start for a pre-trained model: it learns what answers look like
+from some training problems' own, and is saved for the scripts' --model.
 
     python benchmark/studies/supervised.py --model MODEL --dataset DATA --out runs/start
 
@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT))
 from assets.make.tiny_dialogue import clerk  # noqa: E402
 from ppo_baseline import hidden_states  # noqa: E402
 from utils.args import TaskArgs  # noqa: E402
+from utils.errors import stop  # noqa: E402
+from utils.files import make_folder  # noqa: E402
 from utils.generation import Answer  # noqa: E402
 from utils.keyed import permutation  # noqa: E402
 from utils.models import load_policy, pick_device, save_policy, trainable  # noqa: E402
@@ -38,6 +40,10 @@ from utils.world.user import play  # noqa: E402
 
 @dataclass
 class Args(TaskArgs):
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """a Hugging Face folder or hub id"""
+    max_turns: int = 12
+    """dialogue: what the clerk says, at most so often"""
     out: Path = Path("runs/start")
     """folder for the model"""
     examples: int = 96
@@ -54,6 +60,12 @@ class Args(TaskArgs):
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the forward passes (autocast)"""
+
+    # all weights are trained, and nothing is sampled
+    lora_rank: tyro.conf.Suppress[int] = 0
+    temperature: tyro.conf.Suppress[float] = 1.0
+    truncated: tyro.conf.Suppress[str] = "wrong"
+    rollout_batch_size: tyro.conf.Suppress[int] = 256
 
     noise, eval_size = "none", 0  # `load_task` asks for them
 
@@ -113,7 +125,13 @@ def imitate(
 
 def main(args: Args) -> None:
     start = time.time()
-    policy, chat = load_policy(args.model, pick_device(args.device), system=args.system_prompt)
+    for flag in ("examples", "epochs", "batch_size"):
+        if getattr(args, flag) < 1:
+            stop(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    make_folder("--out", args.out)
+    policy, chat = load_policy(
+        args.model, pick_device(args.device), system=args.system_prompt, thinking=args.thinking
+    )
     task = load_task(args, chat)
     episodes = [answered(problem, chat, args) for problem in task.train[: args.examples]]
     print(f"{len(episodes)} answers, such as {' / '.join(episodes[0].completions)!r}")
