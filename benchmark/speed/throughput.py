@@ -14,7 +14,7 @@ rewards; the learning rate is 0, so all systems sample from the same policy in e
 float32 they get the same completions to the token, and the same rewards (checked). Neither side
 computes a KL term.
 
-`words` is the work of a run on word problems of one equation: a model of benchmark/studies/supervised.py,
+`words` is an update of a run on word problems, but without LoRA: a model of benchmark/studies/supervised.py,
 the problems of benchmark/studies/equations.py. There the scripts share prefixes, and `grpo-unshared`
 is GRPO without that.
 
