@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmark.studies import equations, supervised
+from benchmark.studies import equations, paired, supervised
 from utils.generation import generate
 from utils.models import load_policy
 from utils.world.tasks import load_task
@@ -90,3 +90,25 @@ def test_a_start_learns_and_is_saved(tmp_path):
         chat.decode(answer.tokens) == p.answer for answer, p in zip(said, problems, strict=True)
     ]
     assert sum(right) >= 3
+
+
+def test_paired_by_hand(tmp_path, capsys):
+    """Of four problems one is won: differences 1 0 0 0, standard deviation 0.5. The same
+    against another run's last; that one has lost two since its first."""
+    for run, updates in {"a": {0: "0011", 8: "1011"}, "b": {8: "0011", 4: "1111"}}.items():
+        (tmp_path / run).mkdir()
+        rows = [
+            {"update": update, "question": str(i), "right": float(right)}
+            for update, all_right in updates.items()
+            for i, right in enumerate(all_right)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / run / "samples.jsonl").write_text(text)
+    paired.main(paired.Args((tmp_path / "a",)))
+    paired.main(paired.Args((tmp_path / "a", tmp_path / "b")))
+    paired.main(paired.Args((tmp_path / "b",)))
+    gained, against, lost = capsys.readouterr().out.splitlines()
+    assert gained == against == "+0.250 (95 % over problems: -0.240 to +0.740)"
+    assert lost == "-0.500 (95 % over problems: -1.066 to +0.066)"
+    with pytest.raises(SystemExit, match="give one run, or two"):
+        paired.main(paired.Args(()))
