@@ -19,27 +19,24 @@ standard deviation; tails by level, their order only once training has sorted th
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Literal
 
-import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 
-from utils import ranks, tensors
-from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
+from utils import metrics, noise
+from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args
 from utils.checkpoints import start_critic
-from utils.engine import start_engine, truncated_ratios
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import frozen, load_policy, pick_device, save_memory, trainable, twin
-from utils.report import metrics
+from utils.models import frozen, set_up, start_policy, trainable, twin
 from utils.report.finish import finish
 from utils.run import Run
-from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, put, take
+from utils.scale.memory import place
+from utils.scale.processes import add_gradients, add_up
+from utils.tensors import Batch, hidden_states, logprobs_and_entropy, micro_batches
 from utils.world.environment import Environment, Episode
 
-# ==== 1. Args =====================================================================================
+# ==== 1. Flags ====================================================================================
 
 
 @dataclass
@@ -58,8 +55,6 @@ class UpdateArgs:
     """episodes in one forward pass (gradients accumulate; bounds memory)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: every learning rate falls to zero over the run"""
     max_grad_norm: float = 1.0
     """norm at which each group of parameters is clipped by itself"""
     clip_range: float = 0.2
@@ -67,9 +62,7 @@ class UpdateArgs:
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     kl_coef: float = 0.0
-    """weight of the KL divergence to the reference"""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
+    """weight of the KL penalty, a reward on every token"""
 
 
 @dataclass
@@ -80,18 +73,12 @@ class MethodArgs:
     """lambda of the policy's advantages"""
     critic_lambda: float = 0.95
     """lambda of the critic's targets; 1 is the observed return"""
-    critic_backbone: Literal["separate", "shared"] = "separate"
-    """a second transformer that starts as the policy, or a head on the policy's hidden states"""
-    critic_init: str | None = None
-    """a run's checkpoints/<update>/critic to start from, in place of policy and a fresh head"""
     critic_learning_rate: float = 1e-3
-    """AdamW learning rate of the critic's backbone, if separate"""
+    """AdamW learning rate of the critic's backbone"""
     head_learning_rate: float = 1e-3
     """AdamW learning rate of the critic's head"""
-    critic_warmup: int = 0
-    """first updates that train the critic alone"""
-    value_coef: float = 1.0
-    """weight of the critic's loss"""
+    critic_init: str | None = None
+    """a run's checkpoints/<update>/critic to start from, in place of policy and a fresh head"""
     # --- DVPO ---
     quantile_heads: int = 3
     """heads of the ensemble"""
@@ -120,134 +107,65 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
     """Seed, model, data, noise and the like are in utils/args.py."""
 
 
-# ==== 2. Noisy reward and the grid ================================================================
+# ==== 2. Noisy reward =============================================================================
 #
-#   tokens    P  P  P  a  b  E  .  .    P prompt, a b answer, E EOS, . padding on the right
-#   inputs    P  P  P  a  b  E  .       = tokens[:-1]: column t is the state before token t + 1
-#   targets   P  P  a  b  E  .  .       = tokens[1:]: the token chosen there
-#   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
-#   rewards   0  0  0  0  r  0  0       on the last token of the episode
+#   prompt   tokens behind it
+#   P  P  P  a  b  E  .     a b answer, E EOS, . padding
+#   mask     1  1  1  0     the policy chose it; 0 on padding and on the words of a user
+#   rewards  0  0  r  0     on the last token of the episode
 #
-# This is the only shift (`pack` makes it): log-probabilities, values, rewards, advantages and
-# losses all live on the grid of `targets`, (B, T).
+# Every number per token is (B, T), and its column t belongs to the t-th token behind the prompt:
+# log-probabilities, values, rewards, advantages and losses. utils/tensors.py makes this layout.
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
-    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
-
-    Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
-    """
-    lengths = [episode.length for episode in episodes]
-    long = sorted(lengths, reverse=True)[max(1, len(lengths) // 4) - 1]  # of the longest quarter
-    observed = []
-    for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
-        key = (episode.problem.key, update, i)  # a coin of its own for every episode
-        flip_rate = args.noise_rate  # all there is to `symmetric`
-        match args.noise:
-            case "none" | "gaussian" | "majority-vote":
-                flip_rate = 0.0
-            case "asymmetric":
-                flip_rate = args.false_positive_rate
-                if score > 0.5:
-                    flip_rate = args.false_negative_rate
-            case "persistent":  # the same prompts are misjudged in every update
-                key = (episode.problem.key,)
-            case "group":  # all episodes of a prompt are misjudged together
-                key = (episode.problem.key, update)
-            case "length":  # what is wrong may pass if it is long
-                if score > 0.5 or episode.length < long:
-                    flip_rate = 0.0
-            case "random":  # a fair coin, whatever the answer
-                flip_rate = 0.5
-        draw = coin(args.seed, args.noise, *key)  # uniform in (0, 1)
-        if args.noise == "gaussian":
-            score += args.noise_sigma * NormalDist().inv_cdf(draw)
-        observed.append(1.0 - score if draw < flip_rate else score)
-    return torch.tensor(observed, device=scores.device)
+    """(1) The rewards (B,) that the optimiser sees: each score (B,), 0 or 1 or on that scale, is
+    flipped with probability --noise-rate. Draws are keyed, so that all methods meet the same flips.
+    Other channels than `symmetric` are in utils/noise.py."""
+    if args.noise != "symmetric":
+        return noise.channel(args, scores, episodes, update)
+    keys = [(episode.problem.key, update, i) for i, episode in enumerate(episodes)]
+    draws = [coin(args.seed, "symmetric", *key) for key in keys]  # uniform in (0, 1)
+    flipped = torch.tensor(draws, dtype=torch.float64, device=scores.device) < args.noise_rate
+    return torch.where(flipped, 1 - scores, scores)
 
 
-def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
-    chose."""
-    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return torch.where(is_last, observed.unsqueeze(1), 0.0)
+def place_rewards(observed: Tensor, batch: Batch) -> Tensor:
+    """(2) Rewards (B, T): those of the episodes (B,), each on its last token."""
+    return torch.zeros_like(batch["logprobs"]).scatter(1, batch["last"], observed.unsqueeze(1))
 
 
-def token_weights(mask: Tensor) -> Tensor:
-    """Weights (B, T) that sum to one over a minibatch, however it is cut into micro-batches."""
-    return mask / mask.sum().clamp(min=1)
-
-
-def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean.
-    Elsewhere x may be infinite, and 0 * inf is NaN."""
-    return torch.where(weights > 0, weights * x, 0.0).sum()
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
-    chosen = x[mask]
-    deviation = chosen.std()
-    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
-        return torch.zeros_like(x)
-    return torch.where(mask, (x - chosen.mean()) / (deviation + 1e-8), 0.0)
-
-
-# ==== 3. Models: policy, frozen reference, critic =================================================
-
-
-def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
-    by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
-    attention mask is needed."""
-    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[tensors.cells(mask)]
+# ==== 3. Models and critic ========================================================================
 
 
 class Critic(nn.Module):
-    """DVPO: quantiles of the return, some linear heads of M each, on a causal-LM backbone that
-    starts as a copy of the policy's, or is the policy's own if shared."""
+    """DVPO: quantiles of the return, some linear heads of M each, on the last hidden state of a
+    transformer that starts as a copy of the policy's."""
 
     def __init__(self, policy, args: Args):
         super().__init__()
-        self.backbone = None
-        if args.critic_backbone == "separate":
-            self.backbone = twin(policy.get_decoder())
+        self.backbone = twin(policy.get_decoder())
         self.shape = (args.quantile_heads, args.quantiles)  # DVPO
-        self.head = nn.Linear(policy.lm_head.in_features, args.quantile_heads * args.quantiles)
-        # DVPO: heads that start alike would stay alike
-        nn.init.normal_(self.head.weight, std=0.1 * policy.lm_head.in_features**-0.5)
+        width = policy.lm_head.in_features
+        self.head = nn.Linear(width, args.quantile_heads * args.quantiles)
+        nn.init.normal_(self.head.weight, std=0.1 * width**-0.5)  # DVPO: heads differ at first
         nn.init.zeros_(self.head.bias)
 
-    def quantiles(self, features: Tensor) -> Tensor:
-        """(19) DVPO: theta (N, H, M) of N states, in float32 whatever the precision of the
-        backbone; V is the mean over H and M."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float()).unflatten(-1, self.shape)  # DVPO
+    def forward(self, part: Batch) -> Tensor:
+        """(19) DVPO: theta (b, T, H, M) of the states before each token; V is the mean over H and
+        M."""
+        return self.head(hidden_states(self.backbone, part)).unflatten(-1, self.shape)  # DVPO
 
 
 def make_optimizer(policy, critic: Critic, args: Args) -> torch.optim.Optimizer:
-    """One AdamW, with a group for each part that has a learning rate of its own (`schedule` sets
-    it) and is clipped by itself."""
-    groups = {"policy": trainable(policy)}
-    if critic.backbone is not None:
-        groups["critic"] = trainable(critic.backbone)
-    groups["head"] = list(critic.head.parameters())
-    named = [{"name": name, "params": parameters} for name, parameters in groups.items()]
-    return torch.optim.AdamW(named, weight_decay=0.0, fused=True)
-
-
-def schedule(optimizer: torch.optim.Optimizer, update: int, args: Args) -> None:
-    """The learning rates of an update; during --critic-warmup the policy stands still."""
-    rates = {"policy": args.learning_rate}
-    rates |= {"critic": args.critic_learning_rate, "head": args.head_learning_rate}
-    share = 1.0
-    if args.lr_schedule == "linear":
-        share = 1.0 - (update - 1) / args.updates
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]] * share
-    for parameter in optimizer.param_groups[0]["params"]:  # the policy's
-        parameter.requires_grad_(update > args.critic_warmup)
+    """One AdamW, with a group for each part that has a learning rate of its own and is clipped by
+    itself."""
+    groups = [
+        {"name": "policy", "params": trainable(policy), "lr": args.learning_rate},
+        {"name": "critic", "params": trainable(critic.backbone), "lr": args.critic_learning_rate},
+        {"name": "head", "params": trainable(critic.head), "lr": args.head_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 # ==== 4. Rollout ==================================================================================
@@ -258,12 +176,11 @@ def rollout(
 ) -> list[Episode]:
     """One episode for every problem: policy and user take turns until the user is content, or for
     --max-turns answers."""
-    episodes = [env.begin(problem) for problem in problems]
-    live = episodes
+    episodes = live = [Episode(problem) for problem in problems]
     for turn in range(args.max_turns):
         if turn > 0:
             live = env.reply(live)
-        prompts = [episode.tokens for episode in live]
+        prompts = [episode.prompt + episode.tokens for episode in live]
         answers = generate(
             policy, env.chat, prompts, args.max_new_tokens, temperature, args.rollout_batch_size
         )
@@ -272,44 +189,44 @@ def rollout(
     return episodes
 
 
-@torch.no_grad()
-def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
-    """log pi_ref (B, T) of the tokens that the policy chose."""
-    grid = torch.zeros_like(batch["logprobs"])
-    for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, tokens = part["mask"], part["targets"][tensors.cells(part["mask"])]
-        hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
-        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
-        put(grid, rows, logprobs, mask)
-    ranks.add_up(grid)
-    return grid
+def evaluate(policy, env: Environment, run: Run, args: Args, update: int) -> dict[str, float]:
+    """Greedy answers to the held-out problems, judged by the truth: the metrics eval/, and rows of
+    samples.jsonl."""
+    held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
+    run.samples(update, env.show(held_out))
+    return env.evaluate(held_out)
 
 
 @torch.no_grad()
-def score_tokens(policy, critic: Critic, batch: Batch, args: Args) -> Batch:
-    """What the critic says before the update: `values` (B, T).
-    DVPO: also the ensemble's `quantiles` (B, T, M), whose mean the values are."""
-    backbone = policy.get_decoder() if critic.backbone is None else critic.backbone
+def score_tokens(critic: Critic, batch: Batch, args: Args) -> Batch:
+    """What the critic says before the update: `values` (B, T), 0 where nothing was chosen. DVPO:
+    also the ensemble's `quantiles` (B, T, M), whose mean the values are."""
     scores = {"values": torch.zeros_like(batch["logprobs"])}
-    # DVPO
-    scores["quantiles"] = torch.zeros(*batch["mask"].shape, args.quantiles, device=policy.device)
+    shape = (*batch["mask"].shape, args.quantiles)  # DVPO
+    scores["quantiles"] = torch.zeros(shape, device=batch["mask"].device)
     for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask = part["mask"]
-        features = hidden_states(backbone, part["inputs"], mask)
-        quantiles = critic.quantiles(features).mean(1)  # DVPO: the mean over heads (N, M)
-        put(scores["values"], rows, quantiles.mean(-1), mask)
-        put(scores["quantiles"], rows, quantiles, mask)
-    ranks.add_up(*scores.values())
+        T = part["mask"].shape[1]
+        quantiles = critic(part).mean(2) * part["mask"].unsqueeze(-1)  # DVPO: over heads (b, T, M)
+        scores["values"][rows, :T] = quantiles.mean(-1)
+        scores["quantiles"][rows, :T] = quantiles
+    add_up(*scores.values())  # of all processes
     return scores
 
 
 # ==== 5. Advantages ===============================================================================
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
-    --kl-coef."""
-    return torch.where(mask, logprobs - ref_logprobs, 0.0)
+@torch.no_grad()
+def kl_penalty(reference, batch: Batch, args: Args) -> Tensor:
+    """(3) log pi - log pi_ref (B, T) of the tokens that the policy chose; --kl-coef times of it is
+    taken off their rewards."""
+    ref_logprobs = torch.zeros_like(batch["logprobs"])
+    for rows, part in micro_batches(batch, args.micro_batch_size):
+        hidden = hidden_states(reference.get_decoder(), part)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, part, args.temperature)
+        ref_logprobs[rows, : logprobs.shape[1]] = logprobs
+    add_up(ref_logprobs)  # of all processes
+    return (batch["logprobs"] - ref_logprobs) * batch["mask"]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -320,14 +237,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     t + 1 is the next token the *policy* chose: the recursion jumps over user turns and padding, and
     V after the last token is 0."""
     advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
-    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
-        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        advantages[:, t] = advantage * mask[:, t]
     return advantages
 
 
@@ -352,31 +268,38 @@ def advantages_and_targets(rewards: Tensor, batch: Batch, args: Args) -> tuple[T
     return advantages, {"returns": targets.mean(-1), "target_quantiles": targets}
 
 
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
+    chosen = x[mask]
+    deviation = chosen.std()
+    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
+        return torch.zeros_like(x)
+    return (x - chosen.mean()) / (deviation + 1e-8) * mask
+
+
 # ==== 6. Losses ===================================================================================
+
+
+def token_weights(mask: Tensor) -> Tensor:
+    """Weights (B, T) that sum to one over a minibatch, however it is cut into micro-batches."""
+    return mask / mask.sum().clamp(min=1)
 
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Batch]:
     """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
     2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.min(ratio * advantages, clipped * advantages)
+    loss = -(torch.min(ratio * advantages, clipped * advantages) * weights).sum()
     outside = (ratio - 1).abs() > clip_range
     stats = {
-        "losses/approx_kl": weighted_sum(ratio - 1 - log_ratio, weights),
-        "losses/clipfrac": weighted_sum(outside.float(), weights),
+        "losses/approx_kl": ((ratio - 1 - log_ratio) * weights).sum(),
+        "losses/clipfrac": (outside * weights).sum(),
     }
-    return weighted_sum(loss, weights), stats
-
-
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
-    (Schulman 2020)."""
-    d = ref_logprobs - logprobs
-    return weighted_sum(d.exp() - 1 - d, weights)
+    return loss, stats
 
 
 # DVPO: each term is (N,), a mean over heads, of predicted quantiles theta (N, H, M) and target
@@ -449,15 +372,15 @@ def curvature_loss(theta: Tensor, share: float) -> Tensor:
 
 
 def critic_loss(
-    critic: Critic, features: Tensor, part: Batch, return_variance: Tensor, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """DVPO: quantile regression and six companions on a micro-batch, from features (N, D), in units
-    of the returns' deviation. And the terms, for the log; the squared error is only there to
+    critic: Critic, part: Batch, return_variance: Tensor, args: Args
+) -> tuple[Tensor, Batch]:
+    """DVPO: quantile regression and six companions on the N chosen tokens of a micro-batch, in
+    units of the returns' deviation. And the terms, for the log; the squared error is only there to
     compare."""
-    theta = critic.quantiles(features) / return_variance.sqrt()  # DVPO: (N, H, M)
-    target = part["target_quantiles"][tensors.cells(part["mask"])].unsqueeze(1)  # (N, 1, M)
-    target = target / return_variance.sqrt()
-    share = args.tail_share
+    cells, unit, share = part["cells"], return_variance.sqrt(), args.tail_share
+    theta = critic(part).flatten(0, 1)[cells] / unit  # DVPO: (N, H, M)
+    target = part["target_quantiles"].flatten(0, 1)[cells].unsqueeze(1) / unit  # (N, 1, M)
+    weights = part["weights"].flatten()[cells]  # (N,)
     terms = {
         "dvpo/quantile": quantile_loss(theta, target, args.huber_kappa),
         "dvpo/consistency": consistency_loss(theta),
@@ -468,163 +391,119 @@ def critic_loss(
         "dvpo/curvature": curvature_loss(theta, share),
         "losses/value": (theta.mean((1, 2)) - target.mean((1, 2))) ** 2,
     }
-    for key, term in terms.items():
-        terms[key] = weighted_sum(on_grid(term, part["mask"]), part["weights"])
+    terms = {key: (term * weights).sum() for key, term in terms.items()}
     loss = terms["dvpo/quantile"] + args.lambda_consistency * terms["dvpo/consistency"]
     loss = loss + args.lambda_cvar * terms["dvpo/cvar"] + args.lambda_gain * terms["dvpo/gain"]
     loss = loss + args.lambda_shift * terms["dvpo/shift"] + args.lambda_shape * terms["dvpo/shape"]
     return loss + args.lambda_curvature * terms["dvpo/curvature"], terms
 
 
+def of_quantiles(batch: Batch, args: Args) -> dict[str, float]:
+    """DVPO: what the ensemble predicted before the update, for the log."""
+    quantiles = batch["quantiles"][batch["mask"]]  # (N, M)
+    low, high = tails(quantiles, args.tail_share)
+    return {
+        "dvpo/crossing_rate": (quantiles.diff() < 0).float().mean().item(),
+        "dvpo/spread": quantiles.std(-1).mean().item(),
+        "dvpo/low_tail": low.mean().item(),
+        "dvpo/high_tail": high.mean().item(),
+    }
+
+
+def total_loss(
+    policy, critic: Critic, part: Batch, return_variance: Tensor, args: Args
+) -> tuple[Tensor, Batch]:
+    """(10) The policy's loss, the critic's and the entropy bonus of a micro-batch; and their terms,
+    for the log."""
+    hidden = hidden_states(policy.get_decoder(), part)
+    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, part, args.temperature)
+    policy_term, stats = policy_loss(
+        logprobs, part["logprobs"], part["advantages"], part["weights"], args.clip_range
+    )
+    critic_term, terms = critic_loss(critic, part, return_variance, args)
+    loss = policy_term + critic_term - args.entropy_coef * (entropy * part["weights"]).sum()
+    return loss, {"losses/policy": policy_term, "losses/total": loss} | stats | terms
+
+
 # ==== 7. Main loop ================================================================================
 
 
 def main(args: Args) -> None:
-    check_flags(args)
-    device = pick_device(args.device, args.tf32, args.deterministic)
-    dtype = getattr(torch, args.dtype)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
     # --- 7.1 models, world, optimizer ---
-    seed_torch(args.seed, "adapters")
-    policy, chat = load_policy(
-        args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
-    )
-    reference = frozen(policy, dtype)
-    env = Environment(args, chat, device)
-    start_engine(policy, args)
+    device = set_up(args)
+    observe(args, torch.empty(0), [], update=0)  # stops where no channel is called --noise
+    policy, chat = start_policy(args, device)
+    reference = frozen(policy)  # the initial policy, for the KL penalty
+    env = Environment(args, chat, device)  # problems, a user, and a judge who may err
     seed_torch(args.seed, "critic")
     critic = start_critic(Critic(policy, args), args).to(device)
-    save_memory(args, policy, reference, critic.backbone)
+    place(args, policy, reference, critic.backbone)
     optimizer = make_optimizer(policy, critic, args)
     run = Run(args)
     run.print(f"{run.folder}: {env}")
     start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
-
-    with precision:
-        if args.noise == "majority-vote":  # the initial policy's majority is the right answer
-            env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
-        if start == 0:
-            held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
-            run.samples(0, env.show(held_out))
-            run.log(0, {"charts/episodes": 0, **env.evaluate(held_out)})
+    env.prepare(lambda some: rollout(reference, env, some, args, args.temperature), run)
+    if start == 0:
+        run.log(0, {"charts/episodes": 0, **evaluate(policy, env, run, args, update=0)})
 
     for update in range(start + 1, args.updates + 1):
-        clock = metrics.Clock()
-        evaluates = update % args.eval_every == 0 or update == args.updates
-        schedule(optimizer, update, args)
+        log = metrics.UpdateLog(device)
 
         # --- 7.2 rollout: the same prompts for every method that shares the seed ---
         seed_torch(args.seed, "rollout", update)
-        with precision:
-            episodes = rollout(policy, env, env.problems(update), args, args.temperature)
-        batch = pack(episodes, chat.pad_id, device)  # the grid, with log pi_old of the sampling
-        clock.lap("rollout")
+        episodes = rollout(policy, env, env.problems(update), args, args.temperature)
+        batch = env.pack(episodes)  # tokens, mask, logprobs, ...: utils/tensors.py
+        mask = batch["mask"]  # (B, T)
+        log.lap("rollout")
 
-        # --- 7.3 reward: the truth, the judge's word, what the optimiser is told of it ---
-        clean = env.grade(episodes)  # (B,)
-        with precision:
-            scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
+        # --- 7.3 reward: the truth, the judge's word, what the optimiser sees of it ---
+        clean = env.grade(episodes)  # (B,) logged, never used
+        scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
         observed = observe(args, scores, episodes, update)  # (B,)
-        rewards = place_rewards(observed, batch["mask"])  # (B, T)
-        batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
-        mask = batch["mask"]
+        rewards = place_rewards(observed, batch)  # (B, T)
+        if args.kl_coef > 0:
+            batch["kl"] = kl_penalty(reference, batch, args)  # (B, T)
+            rewards = rewards - args.kl_coef * batch["kl"]
 
-        # --- 7.4 advantages ---
+        # --- 7.4 values and advantages ---
         if update == 1 and args.critic_init is None:
             nn.init.constant_(critic.head.bias, observed.mean().item())  # all that is known
-        ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
-        with precision:
-            if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
-                ref_logprobs = reference_logprobs(reference, batch, args)
-            batch |= score_tokens(policy, critic, batch, args)
-        kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
-        if args.kl_in == "reward" and args.kl_coef > 0:
-            rewards = rewards - args.kl_coef * kl
-        advantages, critic_targets = advantages_and_targets(rewards, batch, args)
-        batch |= critic_targets
-        batch["ref_logprobs"] = ref_logprobs
-        batch["advantages"] = whiten(advantages, mask)
-        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
+        batch |= score_tokens(critic, batch, args)
+        advantages, targets = advantages_and_targets(rewards, batch, args)
+        batch |= targets
+        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1 for own decoding
         return_variance = batch["returns"][mask].var().clamp(min=0.01)
-        clock.lap("score")
+        log.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---
-        averages = metrics.Averages(device)
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
             for rows in order.split(args.minibatch_size):
-                minibatch = take(batch, rows)
+                minibatch = {name: x[rows] for name, x in batch.items()}
                 minibatch["weights"] = token_weights(minibatch["mask"])
-                averages.new_minibatch()
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
-                    part_mask, weights = part["mask"], part["weights"]
-                    tokens = part["targets"][tensors.cells(part_mask)]
-                    with precision:
-                        hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
-                        logprobs, entropy = logprobs_and_entropy(
-                            policy.lm_head, hidden, tokens, args.temperature
-                        )
-                        features = (
-                            hidden
-                            if critic.backbone is None
-                            else hidden_states(critic.backbone, part["inputs"], part_mask)
-                        )
-                        critic_term, terms = critic_loss(
-                            critic, features, part, return_variance, args
-                        )
-                    logprobs = on_grid(logprobs, part_mask)
-                    entropy = on_grid(entropy, part_mask)
-                    policy_term, stats = policy_loss(
-                        logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
-                    )
-                    loss = policy_term + args.value_coef * critic_term  # (10)
-                    if args.entropy_coef > 0:
-                        loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
-                    if args.kl_in == "loss" and args.kl_coef > 0:
-                        loss = loss + args.kl_coef * kl_loss(
-                            logprobs, part["ref_logprobs"], weights
-                        )
+                    loss, terms = total_loss(policy, critic, part, return_variance, args)
                     loss.backward()
-                    averages.add({"losses/policy": policy_term, "losses/total": loss})
-                    averages.add(terms | stats)
-                ranks.add_gradients(optimizer)
-                averages.end_minibatch()
-                for group in optimizer.param_groups:
-                    norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-                    averages.add({f"losses/grad_norm_{group['name']}": norm})
-                averages.check_finite(update)
+                    log.add(terms)
+                add_gradients(optimizer)  # of all processes
+                norms = {
+                    group["name"]: nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    for group in optimizer.param_groups
+                }
+                log.end_minibatch(norms, update)  # stops at a NaN before the weights are touched
                 optimizer.step()
-        clock.lap("update")
+        log.lap("update")
 
-        # --- 7.6 log: docs/metrics.md ---
-        clean_rewards = rewards - place_rewards(observed - clean, mask)
-        clean_advantages, _ = advantages_and_targets(clean_rewards, batch, args)
-        quantiles = batch["quantiles"][mask]  # DVPO: what the ensemble predicts
-        low, high = tails(quantiles, args.tail_share)
-        row = {
-            **metrics.of_update(clock, averages, optimizer, episodes, update),
-            **metrics.of_rollout(env, episodes, clean, observed),
-            "reward/total": rewards.sum(1).mean().item(),
-            "objective/kl_ref": kl.sum(1).mean().item(),
-            "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": metrics.advantage_noise(
-                advantages, clean_advantages, mask
-            ),
-            **metrics.of_critic(batch, rewards, clean_rewards, advantages, args.gamma),
-            "dvpo/crossing_rate": (quantiles.diff() < 0).float().mean().item(),  # DVPO
-            "dvpo/spread": quantiles.std(-1).mean().item(),
-            "dvpo/low_tail": low.mean().item(),
-            "dvpo/high_tail": high.mean().item(),
-        }
-
-        # --- 7.7 evaluate and save ---
-        if evaluates:
-            with precision:
-                held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
-            row |= env.evaluate(held_out)
-            run.samples(update, env.show(held_out))
+        # --- 7.6 log (docs/metrics.md), evaluate, save ---
+        errors = observed - clean  # (B,)
+        row = log.row(update, optimizer, episodes)
+        row |= metrics.of_rollout(env, episodes, batch, rewards, clean, observed)
+        row |= metrics.of_critic(batch, rewards, errors, args.gamma)
+        row |= metrics.of_advantages(advantages, errors, mask, args.gamma * args.gae_lambda)
+        row |= of_quantiles(batch, args)  # DVPO
+        if update % args.eval_every == 0 or update == args.updates:
+            row |= evaluate(policy, env, run, args, update)
             run.transcripts(update, env.transcripts(episodes, batch | {"rewards": rewards}))
         run.log(update, row)
         run.checkpoint(update, policy, critic, optimizer, env)

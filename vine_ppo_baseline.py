@@ -15,27 +15,25 @@ Answers have one turn: no dialogue.
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
-import utils  # isort: skip  # noqa: F401  from here on Ctrl-C is one line
 import torch
 from torch import Tensor, nn
 
-from utils import ranks, tensors
-from utils.args import RewardArgs, RunArgs, TaskArgs, check_flags, parse_args
-from utils.engine import start_engine, truncated_ratios
+from utils import metrics, noise
+from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args
 from utils.errors import stop
 from utils.generation import generate
 from utils.keyed import coin, permutation, seed_torch
-from utils.models import frozen, load_policy, pick_device, save_memory, trainable
-from utils.report import metrics
+from utils.models import frozen, set_up, start_policy, trainable
 from utils.report.finish import finish
 from utils.run import Run
-from utils.tensors import Batch, logprobs_and_entropy, micro_batches, on_grid, pack, put, take
+from utils.scale.memory import place
+from utils.scale.processes import add_gradients, add_up
+from utils.tensors import Batch, hidden_states, logprobs_and_entropy, micro_batches
 from utils.world.environment import Environment, Episode
 
-# ==== 1. Args =====================================================================================
+# ==== 1. Flags ====================================================================================
 
 
 @dataclass
@@ -54,8 +52,6 @@ class UpdateArgs:
     """episodes in one forward pass (gradients accumulate; bounds memory)"""
     learning_rate: float = 3e-5
     """AdamW learning rate of the policy"""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: every learning rate falls to zero over the run"""
     max_grad_norm: float = 1.0
     """norm at which each group of parameters is clipped by itself"""
     clip_range: float = 0.2
@@ -63,9 +59,7 @@ class UpdateArgs:
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     kl_coef: float = 0.0
-    """weight of the KL divergence to the reference"""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """the KL penalty is a reward on every token, or the k3 estimate in the loss"""
+    """weight of the KL penalty, a reward on every token"""
 
 
 @dataclass
@@ -83,104 +77,42 @@ class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
     """Seed, model, data, noise and the like are in utils/args.py."""
 
 
-# ==== 2. Noisy reward and the grid ================================================================
+# ==== 2. Noisy reward =============================================================================
 #
-#   tokens    P  P  P  a  b  E  .  .    P prompt, a b answer, E EOS, . padding on the right
-#   inputs    P  P  P  a  b  E  .       = tokens[:-1]: column t is the state before token t + 1
-#   targets   P  P  a  b  E  .  .       = tokens[1:]: the token chosen there
-#   mask      0  0  1  1  1  0  0       1 where the policy chose it; not prompt, user or padding
-#   rewards   0  0  0  0  r  0  0       on the last token of the episode
+#   prompt   tokens behind it
+#   P  P  P  a  b  E  .     a b answer, E EOS, . padding
+#   mask     1  1  1  0     the policy chose it; 0 on padding and on the words of a user
+#   rewards  0  0  r  0     on the last token of the episode
 #
-# This is the only shift (`pack` makes it): log-probabilities, values, rewards, advantages and
-# losses all live on the grid of `targets`, (B, T).
+# Every number per token is (B, T), and its column t belongs to the t-th token behind the prompt:
+# log-probabilities, values, rewards, advantages and losses. utils/tensors.py makes this layout.
 
 
 def observe(args: Args, scores: Tensor, episodes: list[Episode], update: int) -> Tensor:
-    """(1) The rewards (B,) that the optimiser is told: each score, 0 or 1 or on that scale, through
-    the channel `--noise`. By default, `symmetric`, it is flipped with probability --noise-rate.
-
-    Every draw is keyed by the seed and by what it is for, so that all methods meet the same flips.
-    """
-    lengths = [episode.length for episode in episodes]
-    long = sorted(lengths, reverse=True)[max(1, len(lengths) // 4) - 1]  # of the longest quarter
-    observed = []
-    for i, (episode, score) in enumerate(zip(episodes, scores.tolist(), strict=True)):
-        key = (episode.problem.key, update, i)  # a coin of its own for every episode
-        flip_rate = args.noise_rate  # all there is to `symmetric`
-        match args.noise:
-            case "none" | "gaussian" | "majority-vote":
-                flip_rate = 0.0
-            case "asymmetric":
-                flip_rate = args.false_positive_rate
-                if score > 0.5:
-                    flip_rate = args.false_negative_rate
-            case "persistent":  # the same prompts are misjudged in every update
-                key = (episode.problem.key,)
-            case "group":  # all episodes of a prompt are misjudged together
-                key = (episode.problem.key, update)
-            case "length":  # what is wrong may pass if it is long
-                if score > 0.5 or episode.length < long:
-                    flip_rate = 0.0
-            case "random":  # a fair coin, whatever the answer
-                flip_rate = 0.5
-        draw = coin(args.seed, args.noise, *key)  # uniform in (0, 1)
-        if args.noise == "gaussian":
-            score += args.noise_sigma * NormalDist().inv_cdf(draw)
-        observed.append(1.0 - score if draw < flip_rate else score)
-    return torch.tensor(observed, device=scores.device)
+    """(1) The rewards (B,) that the optimiser sees: each score (B,), 0 or 1 or on that scale, is
+    flipped with probability --noise-rate. Draws are keyed, so that all methods meet the same flips.
+    Other channels than `symmetric` are in utils/noise.py."""
+    if args.noise != "symmetric":
+        return noise.channel(args, scores, episodes, update)
+    keys = [(episode.problem.key, update, i) for i, episode in enumerate(episodes)]
+    draws = [coin(args.seed, "symmetric", *key) for key in keys]  # uniform in (0, 1)
+    flipped = torch.tensor(draws, dtype=torch.float64, device=scores.device) < args.noise_rate
+    return torch.where(flipped, 1 - scores, scores)
 
 
-def place_rewards(observed: Tensor, mask: Tensor) -> Tensor:
-    """(2) Rewards (B, T): those of the episodes (B,), each on the last token that the policy
-    chose."""
-    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return torch.where(is_last, observed.unsqueeze(1), 0.0)
+def place_rewards(observed: Tensor, batch: Batch) -> Tensor:
+    """(2) Rewards (B, T): those of the episodes (B,), each on its last token."""
+    return torch.zeros_like(batch["logprobs"]).scatter(1, batch["last"], observed.unsqueeze(1))
 
 
-def token_weights(mask: Tensor) -> Tensor:
-    """Weights (B, T) that sum to one over a minibatch, however it is cut into micro-batches."""
-    return mask / mask.sum().clamp(min=1)
-
-
-def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights * x over the tokens that have a weight: micro-batches add up to a mean.
-    Elsewhere x may be infinite, and 0 * inf is NaN."""
-    return torch.where(weights > 0, weights * x, 0.0).sum()
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
-    chosen = x[mask]
-    deviation = chosen.std()
-    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
-        return torch.zeros_like(x)
-    return torch.where(mask, (x - chosen.mean()) / (deviation + 1e-8), 0.0)
-
-
-# ==== 3. Models: policy, frozen reference, critic =================================================
-
-
-def hidden_states(transformer: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (N, D) of the N = mask.sum() states in which the policy chose a token, row
-    by row (`on_grid` puts N numbers back). Padding is on the right and attention is causal, so no
-    attention mask is needed."""
-    return transformer(input_ids=inputs, use_cache=False).last_hidden_state[tensors.cells(mask)]
+# ==== 3. Models and critic ========================================================================
 
 
 # Vine: no critic
-def make_optimizer(policy) -> torch.optim.Optimizer:
-    """AdamW; `schedule` sets its learning rate."""
-    group = {"name": "policy", "params": trainable(policy)}
+def make_optimizer(policy, args: Args) -> torch.optim.Optimizer:
+    """AdamW for the policy alone."""
+    group = {"name": "policy", "params": trainable(policy), "lr": args.learning_rate}
     return torch.optim.AdamW([group], weight_decay=0.0, fused=True)
-
-
-def schedule(optimizer: torch.optim.Optimizer, update: int, args: Args) -> None:
-    """The learning rate of an update. Vine: the policy's alone."""
-    share = 1.0
-    if args.lr_schedule == "linear":
-        share = 1.0 - (update - 1) / args.updates
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate * share  # Vine
 
 
 # ==== 4. Rollout ==================================================================================
@@ -191,12 +123,11 @@ def rollout(
 ) -> list[Episode]:
     """One episode for every problem: policy and user take turns until the user is content, or for
     --max-turns answers."""
-    episodes = [env.begin(problem) for problem in problems]
-    live = episodes
+    episodes = live = [Episode(problem) for problem in problems]
     for turn in range(args.max_turns):
         if turn > 0:
             live = env.reply(live)
-        prompts = [episode.tokens for episode in live]
+        prompts = [episode.prompt + episode.tokens for episode in live]
         answers = generate(
             policy, env.chat, prompts, args.max_new_tokens, temperature, args.rollout_batch_size
         )
@@ -205,30 +136,25 @@ def rollout(
     return episodes
 
 
-@torch.no_grad()
-def reference_logprobs(reference, batch: Batch, args: Args) -> Tensor:
-    """log pi_ref (B, T) of the tokens that the policy chose."""
-    grid = torch.zeros_like(batch["logprobs"])
-    for rows, part in micro_batches(batch, args.micro_batch_size):
-        mask, tokens = part["mask"], part["targets"][tensors.cells(part["mask"])]
-        hidden = hidden_states(reference.get_decoder(), part["inputs"], mask)
-        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, tokens, args.temperature)
-        put(grid, rows, logprobs, mask)
-    ranks.add_up(grid)
-    return grid
+def evaluate(policy, env: Environment, run: Run, args: Args, update: int) -> dict[str, float]:
+    """Greedy answers to the held-out problems, judged by the truth: the metrics eval/, and rows of
+    samples.jsonl."""
+    held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
+    run.samples(update, env.show(held_out))
+    return env.evaluate(held_out)
 
 
 # Vine: which states are valued
 def line_starts(batch: Batch, chat) -> Tensor:
     """(33) (B, T) bool: where the first token of an answer, or of a line of it, is chosen. A line
     begins behind a token that has a line break; empty lines belong to the one that follows."""
-    mask, targets = batch["mask"], batch["targets"]
-    texts = {token: chat.tokenizer.decode(token) for token in targets[mask].unique().tolist()}
+    mask, chosen = batch["mask"], batch["tokens"]
+    texts = {token: chat.tokenizer.decode(token) for token in chosen[mask].unique().tolist()}
     breaks = [token for token, text in texts.items() if "\n" in text]
     blanks = [token for token in breaks if not texts[token].strip()]
 
     def is_any(tokens: list[int]) -> Tensor:
-        return mask & torch.isin(targets, torch.tensor(tokens, device=targets.device))
+        return mask & torch.isin(chosen, torch.tensor(tokens, device=mask.device))
 
     def one_later(x: Tensor) -> Tensor:
         return nn.functional.pad(x[:, :-1], (1, 0))
@@ -245,22 +171,22 @@ def sample_values(
     """(34) V (B, T), constant within a line: the mean outcome of --vine-samples continuations from
     its start. And the continuations, as episodes."""
     starts, mask = batch["starts"], batch["mask"]
-    places = [(episodes[row], column + 1) for row, column in starts.nonzero().tolist()]
-    prefixes = [tuple(episode.tokens[:length]) for episode, length in places]
+    places = [(episodes[row], column) for row, column in starts.nonzero().tolist()]
+    prefixes = [(*e.prompt, *e.tokens[:length]) for e, length in places]
     states = dict(zip(prefixes, places, strict=True))  # each once: a group shares its prompt
     forks = [place for place in states.values() for _ in range(args.vine_samples)]
-    tokens = [episode.tokens[:length] for episode, length in forks]
-    room = [len(e.problem.prompt_ids) + args.max_new_tokens - length for e, length in forks]
+    prompts = [e.prompt + e.tokens[:length] for e, length in forks]
+    room = [args.max_new_tokens - length for _, length in forks]
     seed_torch(args.seed, "vine", update)
-    answers = generate(policy, env.chat, tokens, room, args.temperature, args.rollout_batch_size)
+    answers = generate(policy, env.chat, prompts, room, args.temperature, args.rollout_batch_size)
     vines = [
         episode.branch(length, answer, env.chat)
         for (episode, length), answer in zip(forks, answers, strict=True)
     ]
     outcomes = env.grade(vines)
     if args.vine_judge == "observed":  # numbered behind the episodes: their flips are others
-        told = torch.cat([scores, env.score(vines, outcomes)])
-        outcomes = observe(args, told, [*episodes, *vines], update)[len(episodes) :]
+        judged = torch.cat([scores, env.score(vines, outcomes)])
+        outcomes = observe(args, judged, [*episodes, *vines], update)[len(episodes) :]
     means = outcomes.view(-1, args.vine_samples).mean(1).tolist()
     value_of = dict(zip(states, means, strict=True))
     values = torch.tensor([value_of[prefix] for prefix in prefixes], device=mask.device)
@@ -271,10 +197,17 @@ def sample_values(
 # ==== 5. Advantages ===============================================================================
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """(3) log pi - log pi_ref of every token (B, T): --kl-in reward subtracts it times
-    --kl-coef."""
-    return torch.where(mask, logprobs - ref_logprobs, 0.0)
+@torch.no_grad()
+def kl_penalty(reference, batch: Batch, args: Args) -> Tensor:
+    """(3) log pi - log pi_ref (B, T) of the tokens that the policy chose; --kl-coef times of it is
+    taken off their rewards."""
+    ref_logprobs = torch.zeros_like(batch["logprobs"])
+    for rows, part in micro_batches(batch, args.micro_batch_size):
+        hidden = hidden_states(reference.get_decoder(), part)
+        logprobs, _ = logprobs_and_entropy(reference.lm_head, hidden, part, args.temperature)
+        ref_logprobs[rows, : logprobs.shape[1]] = logprobs
+    add_up(ref_logprobs)  # of all processes
+    return (batch["logprobs"] - ref_logprobs) * batch["mask"]
 
 
 # Vine: gamma is 1, and lambda acts from line to line
@@ -288,188 +221,144 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, starts: Tensor, lam: floa
     so that at 0 an advantage is the next line's value less its own, plus the rewards in between."""
     passed = torch.where(starts, lam, 1.0)  # Vine: the share of A_t that the token before it gets
     advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
-    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + next_value - values[:, t]  # Vine
         advantage = delta + next_advantage  # Vine
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], passed[:, t] * advantage, next_advantage)  # Vine
-        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        advantages[:, t] = advantage * mask[:, t]
     return advantages
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(6) Mean zero and variance one over the masked tokens, zero elsewhere."""
+    chosen = x[mask]
+    deviation = chosen.std()
+    if deviation < 1e-5 * chosen.abs().max():  # all equal: what is left is rounding
+        return torch.zeros_like(x)
+    return (x - chosen.mean()) / (deviation + 1e-8) * mask
 
 
 # ==== 6. Losses ===================================================================================
 
 
+def token_weights(mask: Tensor) -> Tensor:
+    """Weights (B, T) that sum to one over a minibatch, however it is cut into micro-batches."""
+    return mask / mask.sum().clamp(min=1)
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_range: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Batch]:
     """(7) -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] with rho = pi / pi_old (Schulman et al.
     2017), and statistics."""
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -torch.min(ratio * advantages, clipped * advantages)
+    loss = -(torch.min(ratio * advantages, clipped * advantages) * weights).sum()
     outside = (ratio - 1).abs() > clip_range
     stats = {
-        "losses/approx_kl": weighted_sum(ratio - 1 - log_ratio, weights),
-        "losses/clipfrac": weighted_sum(outside.float(), weights),
+        "losses/approx_kl": ((ratio - 1 - log_ratio) * weights).sum(),
+        "losses/clipfrac": (outside * weights).sum(),
     }
-    return weighted_sum(loss, weights), stats
+    return loss, stats
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor) -> Tensor:
-    """(8) k3 estimate of KL(pi || pi_ref): E[exp(d) - 1 - d] with d = log pi_ref - log pi
-    (Schulman 2020)."""
-    d = ref_logprobs - logprobs
-    return weighted_sum(d.exp() - 1 - d, weights)
+def total_loss(policy, part: Batch, args: Args) -> tuple[Tensor, Batch]:  # Vine: no critic
+    """(10) The policy's loss and the entropy bonus of a micro-batch; and their terms, for the
+    log."""
+    hidden = hidden_states(policy.get_decoder(), part)
+    logprobs, entropy = logprobs_and_entropy(policy.lm_head, hidden, part, args.temperature)
+    policy_term, stats = policy_loss(
+        logprobs, part["logprobs"], part["advantages"], part["weights"], args.clip_range
+    )
+    loss = policy_term - args.entropy_coef * (entropy * part["weights"]).sum()  # Vine
+    return loss, {"losses/policy": policy_term, "losses/total": loss} | stats
 
 
 # ==== 7. Main loop ================================================================================
 
 
 def main(args: Args) -> None:
-    check_flags(args)
+    # --- 7.1 models, world, optimizer ---
     if args.task == "dialogue" or args.max_turns > 1:  # Vine
         stop("VinePPO samples the rest of one answer: give --max-turns 1, and no --task dialogue")
-    device = pick_device(args.device, args.tf32, args.deterministic)
-    dtype = getattr(torch, args.dtype)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    # --- 7.1 models, world, optimizer ---
-    seed_torch(args.seed, "adapters")
-    policy, chat = load_policy(
-        args.model, device, args.lora_rank, dtype, args.system_prompt, args.thinking
-    )
-    reference = frozen(policy, dtype)
-    env = Environment(args, chat, device)
-    start_engine(policy, args)
+    device = set_up(args)
+    observe(args, torch.empty(0), [], update=0)  # stops where no channel is called --noise
+    policy, chat = start_policy(args, device)
+    reference = frozen(policy)  # the initial policy, for the KL penalty
+    env = Environment(args, chat, device)  # problems, a user, and a judge who may err
     if args.vine_judge == "clean" and any(p.answer is None for p in env.task.train):  # Vine
         stop("--vine-judge clean: there are problems without a reference answer")
     critic = None  # Vine
-    save_memory(args, policy, reference, None)
-    optimizer = make_optimizer(policy)
+    place(args, policy, reference)
+    optimizer = make_optimizer(policy, args)
     run = Run(args)
     run.print(f"{run.folder}: {env}")
     start = run.restore(policy, critic, optimizer, env)  # 0 for a fresh run
-
-    with precision:
-        if args.noise == "majority-vote":  # the initial policy's majority is the right answer
-            env.vote(lambda some: rollout(reference, env, some, args, args.temperature), run)
-        if start == 0:
-            held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
-            run.samples(0, env.show(held_out))
-            run.log(0, {"charts/episodes": 0, **env.evaluate(held_out)})
+    env.prepare(lambda some: rollout(reference, env, some, args, args.temperature), run)
+    if start == 0:
+        run.log(0, {"charts/episodes": 0, **evaluate(policy, env, run, args, update=0)})
 
     for update in range(start + 1, args.updates + 1):
-        clock = metrics.Clock()
-        evaluates = update % args.eval_every == 0 or update == args.updates
-        schedule(optimizer, update, args)
+        log = metrics.UpdateLog(device)
 
         # --- 7.2 rollout: the same prompts for every method that shares the seed ---
         seed_torch(args.seed, "rollout", update)
-        with precision:
-            episodes = rollout(policy, env, env.problems(update), args, args.temperature)
-        batch = pack(episodes, chat.pad_id, device)  # the grid, with log pi_old of the sampling
-        clock.lap("rollout")
+        episodes = rollout(policy, env, env.problems(update), args, args.temperature)
+        batch = env.pack(episodes)  # tokens, mask, logprobs, ...: utils/tensors.py
+        mask = batch["mask"]  # (B, T)
+        log.lap("rollout")
 
-        # --- 7.3 reward: the truth, the judge's word, what the optimiser is told of it ---
-        clean = env.grade(episodes)  # (B,)
-        with precision:
-            scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
+        # --- 7.3 reward: the truth, the judge's word, what the optimiser sees of it ---
+        clean = env.grade(episodes)  # (B,) logged, never used
+        scores = env.score(episodes, clean)  # (B,) `clean` itself, unless a model judges
         observed = observe(args, scores, episodes, update)  # (B,)
-        rewards = place_rewards(observed, batch["mask"])  # (B, T)
-        batch["mask"] = env.counted(batch["mask"], episodes)  # --truncated mask: less of it
-        mask = batch["mask"]
+        rewards = place_rewards(observed, batch)  # (B, T)
+        if args.kl_coef > 0:
+            batch["kl"] = kl_penalty(reference, batch, args)  # (B, T)
+            rewards = rewards - args.kl_coef * batch["kl"]
 
-        # --- 7.4 advantages ---
-        ref_logprobs = torch.full_like(rewards, torch.nan)  # NaN is an empty cell of the log
-        with precision:
-            if args.kl_coef > 0 or evaluates:  # a pass that a mere metric is not worth
-                ref_logprobs = reference_logprobs(reference, batch, args)
-            # Vine: values are sampled
-            batch["starts"] = line_starts(batch, chat)
-            batch["values"], vines = sample_values(
-                policy, env, episodes, scores, batch, args, update
-            )
-        kl = kl_penalty(batch["logprobs"], ref_logprobs, mask)
-        if args.kl_in == "reward" and args.kl_coef > 0:
-            rewards = rewards - args.kl_coef * kl
-        # Vine: advantages from line to line
-        values, starts = batch["values"], batch["starts"]
-        advantages = gae(rewards, values, mask, starts, args.gae_lambda)
-        batch["ref_logprobs"] = ref_logprobs
-        batch["advantages"] = whiten(advantages, mask)
-        batch["advantages"] = batch["advantages"] * truncated_ratios(batch, args)
-        clock.lap("score")
+        # --- 7.4 values and advantages ---
+        starts = batch["starts"] = line_starts(batch, chat)  # Vine: values are sampled
+        batch["values"], vines = sample_values(policy, env, episodes, scores, batch, args, update)
+        advantages = gae(rewards, batch["values"], mask, starts, args.gae_lambda)  # Vine
+        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1 for own decoding
+        log.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---
-        averages = metrics.Averages(device)
         for epoch in range(args.epochs):
             order = permutation(len(episodes), args.seed, "minibatches", update, epoch)
             for rows in order.split(args.minibatch_size):
-                minibatch = take(batch, rows)
+                minibatch = {name: x[rows] for name, x in batch.items()}
                 minibatch["weights"] = token_weights(minibatch["mask"])
-                averages.new_minibatch()
                 optimizer.zero_grad()
                 for _, part in micro_batches(minibatch, args.micro_batch_size):
-                    part_mask, weights = part["mask"], part["weights"]
-                    tokens = part["targets"][tensors.cells(part_mask)]
-                    with precision:
-                        hidden = hidden_states(policy.get_decoder(), part["inputs"], part_mask)
-                        logprobs, entropy = logprobs_and_entropy(
-                            policy.lm_head, hidden, tokens, args.temperature
-                        )
-                    logprobs = on_grid(logprobs, part_mask)
-                    entropy = on_grid(entropy, part_mask)
-                    policy_term, stats = policy_loss(
-                        logprobs, part["logprobs"], part["advantages"], weights, args.clip_range
-                    )
-                    loss = policy_term  # Vine
-                    if args.entropy_coef > 0:
-                        loss = loss - args.entropy_coef * weighted_sum(entropy, weights)
-                    if args.kl_in == "loss" and args.kl_coef > 0:
-                        loss = loss + args.kl_coef * kl_loss(
-                            logprobs, part["ref_logprobs"], weights
-                        )
+                    loss, terms = total_loss(policy, part, args)  # Vine
                     loss.backward()
-                    averages.add({"losses/policy": policy_term, "losses/total": loss})
-                    averages.add(stats)  # Vine
-                ranks.add_gradients(optimizer)
-                averages.end_minibatch()
-                for group in optimizer.param_groups:
-                    norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-                    averages.add({f"losses/grad_norm_{group['name']}": norm})
-                averages.check_finite(update)
+                    log.add(terms)
+                add_gradients(optimizer)  # of all processes
+                norms = {
+                    group["name"]: nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    for group in optimizer.param_groups
+                }
+                log.end_minibatch(norms, update)  # stops at a NaN before the weights are touched
                 optimizer.step()
-        clock.lap("update")
+        log.lap("update")
 
-        # --- 7.6 log: docs/metrics.md ---
-        clean_rewards = rewards - place_rewards(observed - clean, mask)
-        clean_advantages = gae(clean_rewards, values, mask, starts, args.gae_lambda)  # Vine
-        row = {
-            **metrics.of_update(clock, averages, optimizer, episodes, update),
-            **metrics.of_rollout(env, episodes, clean, observed),
-            "reward/total": rewards.sum(1).mean().item(),
-            "objective/kl_ref": kl.sum(1).mean().item(),
-            "objective/entropy": batch["entropy"][mask].mean().item(),
-            "objective/advantage_noise": metrics.advantage_noise(
-                advantages, clean_advantages, mask
-            ),
-            # Vine: what the values cost, and how they foresee the returns
-            "charts/verifier_calls": len(episodes) + len(vines),
-            "vine/lines": starts.sum().item() / len(episodes),
-            "vine/states": len(vines) // args.vine_samples,
-            **metrics.of_critic(batch, rewards, clean_rewards, advantages, gamma=1.0),
-        }
-
-        # --- 7.7 evaluate and save ---
-        if evaluates:
-            with precision:
-                held_out = rollout(policy, env, env.held_out, args, temperature=0.0)
-            row |= env.evaluate(held_out)
-            run.samples(update, env.show(held_out))
+        # --- 7.6 log (docs/metrics.md), evaluate, save ---
+        errors = observed - clean  # (B,)
+        row = log.row(update, optimizer, episodes)
+        row |= metrics.of_rollout(env, episodes, batch, rewards, clean, observed)
+        row |= metrics.of_critic(batch, rewards, errors, gamma=1.0)
+        row |= metrics.of_advantages(advantages, errors, mask, args.gae_lambda, steps=starts)
+        # Vine: what the values cost
+        row["charts/verifier_calls"] = len(episodes) + len(vines)
+        row["vine/lines"] = starts.sum().item() / len(episodes)
+        row["vine/states"] = len(vines) // args.vine_samples
+        if update % args.eval_every == 0 or update == args.updates:
+            row |= evaluate(policy, env, run, args, update)
             run.transcripts(update, env.transcripts(episodes, batch | {"rewards": rewards}))
         run.log(update, row)
         run.checkpoint(update, policy, critic, optimizer, env)

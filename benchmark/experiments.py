@@ -11,8 +11,11 @@ Flags = dict[str, object]
 
 @dataclass(frozen=True)
 class Method:
+    """A script, the flags that it is given, and the recipes that are applied to it."""
+
     script: str
     flags: Flags = field(default_factory=dict)
+    recipes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,15 @@ def vrpo(variants: dict[str, Flags]) -> dict[str, Method]:
     return {name: Method("vrpo_math", flags) for name, flags in variants.items()}
 
 
-def both(word: str, flag: str, *values: float) -> dict[str, Method]:
+def layers(count: int) -> Method:
+    """VRPO with so many Gaussian layers."""
+    return Method("vrpo_math", {"bottleneck_layers": count}, ("bottleneck_layers",))
+
+
+def both(word: str, flag: str, *values: float, recipes: tuple[str, ...] = ()) -> dict[str, Method]:
     """PPO and VRPO with each value of a flag."""
     return {
-        f"{name}, {word} {value:g}": Method(METHODS[name].script, {flag: value})
+        f"{name}, {word} {value:g}": Method(METHODS[name].script, {flag: value}, recipes)
         for name in ("PPO", "VRPO")
         for value in values
     }
@@ -133,7 +141,7 @@ def vine(samples: int, judge: str) -> Method:
 # lambda at which the critic's word counts most.
 SHARES = (1.0, 0.0, 0.5, 0.25, 0.1)
 HALF: Flags = {"gae_lambda": 0.5}
-READS: Flags = {"critic_reads": "solution"}
+READS = ("critic_reads",)
 KNOWN = {
     "critic/explained_variance_first": "explained variance, first state",
     "critic/explained_variance_last": "last state",
@@ -167,7 +175,7 @@ EXPERIMENTS = {
     "bottleneck_depth": Experiment(
         "no, one and two Gaussian layers",
         SMALL,
-        vrpo({f"depth {n}": {"bottleneck_layers": n} for n in (1, 0, 2)}) | methods("PPO"),
+        {f"depth {n}": layers(n) for n in (1, 0, 2)} | methods("PPO"),
         SYMMETRIC,
     ),
     "token_ratio": Experiment(
@@ -187,10 +195,12 @@ EXPERIMENTS = {
     "semantic_head": Experiment(
         "frozen, learned or no LM head, all tokens, and the paper's weights",
         SMALL,
-        vrpo(
+        {
+            "frozen": METHODS["VRPO"],
+            "learned": Method("vrpo_math", recipes=("learned_lm_head",)),
+        }
+        | vrpo(
             {
-                "frozen": {},
-                "learned": {"lm_head": "learned"},
                 "none": NO_WORDS,
                 "all tokens": {"token_ratio": 1.0},
                 "the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5},
@@ -204,7 +214,8 @@ EXPERIMENTS = {
         "critic's own errors count as no noise)",
         SMALL,
         methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++", "PPO")
-        | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
+        | vrpo({"bottleneck alone": NO_WORDS})
+        | {"semantic losses alone": layers(0)}
         | methods("VRPO", "DVPO", "robust PPO"),
         SYMMETRIC,
     ),
@@ -221,7 +232,8 @@ EXPERIMENTS = {
         "word does it",
         SMALL,
         methods("PPO", "VRPO")
-        | vrpo({"bottleneck alone": NO_WORDS, "semantic losses alone": {"bottleneck_layers": 0}})
+        | vrpo({"bottleneck alone": NO_WORDS})
+        | {"semantic losses alone": layers(0)}
         | both("lambda", "gae_lambda", 1.0),
         {"length": ARMS["length"]},
         against={"VRPO, lambda 1": "VRPO"},
@@ -229,7 +241,7 @@ EXPERIMENTS = {
     "critic_warmup": Experiment(
         "first updates that train the critic alone, within the same number of episodes",
         SMALL,
-        both("warm-up", "critic_warmup", 0, 5),
+        both("warm-up", "critic_warmup", 0, 5, recipes=("critic_warmup",)),
         SYMMETRIC,
         against={"VRPO, warm-up 5": "VRPO, warm-up 0"},
     ),
@@ -266,14 +278,16 @@ EXPERIMENTS = {
         | {"blind": oracle(1.0, oracle_knows="nothing", **HALF)}
         | {"VRPO": Method("vrpo_math", HALF), "DVPO": Method("dvpo_math", HALF)}
         | {"Vine 4": vine(4, "observed"), "Vine 4, clean": vine(4, "clean")}
-        | {"VRPO that reads": Method("vrpo_math", HALF | READS)}
+        | {"VRPO that reads": Method("vrpo_math", HALF, READS)}
         | {
             "PPO that reads": Method(
-                "vrpo_math", HALF | READS | NO_WORDS | {"bottleneck_layers": 0}
+                "vrpo_math",
+                HALF | NO_WORDS | {"bottleneck_layers": 0},
+                (*READS, "bottleneck_layers"),
             )
         }
-        | {"reads, no semantic losses": Method("vrpo_math", HALF | READS | NO_WORDS)}
-        | {"reads, beta 0": Method("vrpo_math", HALF | READS | NO_WORDS | {"beta": 0.0})}
+        | {"reads, no semantic losses": Method("vrpo_math", HALF | NO_WORDS, READS)}
+        | {"reads, beta 0": Method("vrpo_math", HALF | NO_WORDS | {"beta": 0.0}, READS)}
         | {"PPO after imitation": Method("benchmark.studies.imitation")},
         {name: ARMS[name] for name in ("symmetric 0.3", "no noise", "symmetric 0.2")}
         | {"symmetric 0.4": {"noise": "symmetric", "noise_rate": 0.4}},
@@ -337,7 +351,7 @@ EXPERIMENTS = {
         REAL
         | {"model": "runs/words/start", "dataset": "runs/words", "max_new_tokens": 24}
         | {"system_prompt": "Answer with one equation."},
-        methods("PPO", "GRPO", "VRPO") | {"VRPO that reads": Method("vrpo_math", HALF | READS)},
+        methods("PPO", "GRPO", "VRPO") | {"VRPO that reads": Method("vrpo_math", HALF, READS)},
         {name: ARMS[name] for name in ("no noise", "symmetric 0.2")},
         (1, 2),
         measures=KNOWN,

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, TextIO
 
 import torch
@@ -29,7 +30,8 @@ from rich.progress import (
 
 from utils.args import DEFAULTS
 from utils.errors import stop
-from utils.run import write_atomically
+from utils.files import write_atomically
+from utils.recipe import derive
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -37,13 +39,35 @@ CONSOLE = Console(stderr=True)
 
 # ==== What was asked ==============================================================================
 
-PLACES = ("model", "dataset", "schema", "reward_model")
+PLACES = ("model", "dataset", "reward_model")
+# Recipes that were flags of the scripts when the first rows were made, and what a digest counts for
+# them: the flag that is no more. Those with {} still have it.
+WERE_FLAGS: dict[str, dict[str, str]] = {
+    "bottleneck_layers": {},
+    "critic_reads": {"critic_reads": "solution"},
+    "critic_warmup": {},
+    "kl_in_loss": {"kl_in": "loss"},
+    "learned_lm_head": {"lm_head": "learned"},
+    "linear_schedule": {"lr_schedule": "linear"},
+    "shared_backbone": {"critic_backbone": "shared"},
+    "value_clip": {},
+}
 
 
-def all_flags(script: str, flags: dict) -> dict[str, str]:
+@cache
+def module_of(script: str, recipes: tuple[str, ...] = ()) -> ModuleType:
+    """A script, or what recipes make of it, as a module."""
+    if not recipes:
+        return importlib.import_module(script)
+    module = ModuleType(script)
+    exec(compile(derive(f"{script}.py", recipes), f"{script}.py", "exec"), vars(module))
+    return module
+
+
+def all_flags(script: str, flags: dict, recipes: tuple[str, ...] = ()) -> dict[str, str]:
     """All flags of a run as words, the defaults too; models and data by their names, wherever they
     lie."""
-    module = importlib.import_module(script)
+    module = module_of(script, recipes)
     task = flags.get("task", module.Args.task)
     args = vars(module.Args(**DEFAULTS[task] | {"task": task} | flags))
     return {k: str(Path(v).name if v and k in PLACES else v) for k, v in args.items()}
@@ -56,14 +80,17 @@ def recorded() -> dict[str, dict[str, str]]:
 
 
 @cache
-def digest(script: str, flags: tuple, *more) -> str:
-    """Of script, task, `more` and the flags that differ from the recorded defaults, given or not.
-    So a changed default makes another run, unless the flag was given; a new flag, which nobody has
-    recorded, makes another run only where it differs from its own default."""
-    now = all_flags(script, dict(flags))
+def digest(script: str, flags: tuple, *more, recipes: tuple[str, ...] = ()) -> str:
+    """Of script, task, `more`, recipes with their flags, and the flags that differ from the recorded
+    defaults, given or not. So a changed default makes another run, unless the flag was given; a new
+    flag, which nobody has recorded, makes another run only where it differs from its own
+    default."""
+    now = all_flags(script, dict(flags), recipes)
     name = f"{script} {now['task']}"
     defaults = all_flags(script, {"task": now["task"]}) | recorded().get(name, {})
-    differing = {key: value for key, value in now.items() if value != defaults[key]}
+    differing = {key: value for key, value in now.items() if value != defaults.get(key)}
+    for recipe in recipes:
+        differing |= WERE_FLAGS.get(recipe, {f"recipe {recipe}": "applied"})
     words = json.dumps([name, differing, *more], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:10]
 

@@ -33,8 +33,8 @@ from benchmark.experiments import ARMS, EXPERIMENTS, SHARES  # noqa: E402
 from benchmark.jobs import RESULTS  # noqa: E402
 from benchmark.run import jobs_of, keys, results  # noqa: E402
 from utils.errors import stop  # noqa: E402
+from utils.files import write_atomically  # noqa: E402
 from utils.report import style  # noqa: E402
-from utils.run import write_atomically  # noqa: E402
 
 RIVALS = ("PPO", "GRPO")  # whom VRPO is compared with in every arm
 CONTROLS = ("no noise", "coin")  # arms that no average is taken over

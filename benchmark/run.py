@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from benchmark.experiments import EXPERIMENTS  # noqa: E402
 from benchmark.jobs import CONSOLE, RESULTS, Task, all_flags, digest, make, record  # noqa: E402
 from utils.errors import stop  # noqa: E402
-from utils.run import write_atomically  # noqa: E402
+from utils.files import write_atomically  # noqa: E402
+from utils.recipe import derive  # noqa: E402
 
 RUNS = Path("runs") / "benchmark"
 METRICS = (
@@ -46,8 +47,8 @@ METRICS = (
     "reward/flip_rate", "reward/youden_j", "charts/response_length", "objective/entropy",
     "objective/kl_ref", "objective/advantage_noise", "critic/explained_variance",
     "critic/explained_variance_clean", "critic/explained_variance_first",
-    "critic/explained_variance_last", "charts/verifier_calls", "vrpo/ib_kl", "vrpo/latent_std", "grpo/zero_variance_groups",
-    "sampled/impatient",
+    "critic/explained_variance_last", "charts/verifier_calls", "vrpo/ib_kl",
+    "grpo/zero_variance_groups", "sampled/impatient",
 )  # fmt: skip
 KEY = ["method", "arm", "seed", "digest"]
 
@@ -65,6 +66,10 @@ class Job:
     @property
     def script(self) -> str:
         return EXPERIMENTS[self.experiment].methods[self.method].script
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        return EXPERIMENTS[self.experiment].methods[self.method].recipes
 
     @property
     def flags(self) -> dict:
@@ -86,8 +91,18 @@ class Job:
         return words
 
     @property
+    def by_hand(self) -> list[str]:
+        """Lines for a shell. Where there are recipes, the first writes a script of its own."""
+        script, *words = self.command
+        if not self.recipes:
+            return [shlex.join(["python", script, *words])]
+        own = f"{self.script}_{'_'.join(self.recipes)}.py"
+        make = ["python", "-m", "utils.recipe", *self.recipes, "--on", script, "-o", own]
+        return [shlex.join(make), shlex.join(["python", own, *words])]
+
+    @property
     def digest(self) -> str:
-        return digest(self.script, tuple(self.flags.items()))
+        return digest(self.script, tuple(self.flags.items()), recipes=self.recipes)
 
     @property
     def key(self) -> tuple:
@@ -155,27 +170,33 @@ def read_rows(job: Job) -> list[dict]:
 
 
 def commit() -> str:
-    """The commit at hand, with + if a script, utils/ or assets/ differ from it; empty where there
+    """The commit at hand, with + if a script, utils/, recipes/ or assets/ differ; empty where there
     is no git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
 
     try:
-        changes = git("status", "--porcelain", "--", ":(glob)*.py", "utils", "assets")
+        changes = git("status", "--porcelain", "--", ":(glob)*.py", "utils", "recipes", "assets")
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if changes else "")
     except OSError:
         return ""
 
 
-def execute(command: list[str], folder: Path, commits: Path) -> None:
-    """`python script.py flags`, in this process, as a new run or the rest of one."""
+def execute(command: list[str], recipes: tuple[str, ...], folder: Path, commits: Path) -> None:
+    """`python script.py flags`, in this process, as a new run or the rest of one. What recipes make
+    of the script lies in the run's folder, under the script's name."""
+    script = ROOT / command[0]
+    if recipes:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / script.name, derive(script.name, recipes))
+        script = folder / script.name
     where = ["--run-name", str(folder.relative_to("runs"))]
     if (folder / "args.json").exists():
         where = ["--resume", str(folder)]
     with commits.open("a") as file:
         file.write(f"{commit()}\n")
-    sys.argv = [str(ROOT / command[0]), *command[1:], *where]
+    sys.argv = [str(script), *command[1:], *where]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -220,7 +241,7 @@ def to_make(jobs: list[Job]) -> list[list[Job]]:
 def tasks(jobs: list[Job]) -> Iterator[Task]:
     for twins in to_make(jobs):
         job = twins[0]
-        call = execute, job.command, job.folder, job.commits
+        call = execute, job.command, job.recipes, job.folder, job.commits
         read, done = partial(read_rows, job), partial(finish, twins)
         yield Task(
             f"{job.experiment}: {job.name}", call, job.folder.with_suffix(".log"), read, done
@@ -299,9 +320,9 @@ def main(args: Args) -> None:
         stop(f"which experiment? Before other flags, give one of {known} (--list says more)")
     jobs = [job for name in args.experiments for job in chosen(name, args)]
     if args.commands:
-        return print("\n".join(shlex.join(["python", *job.command]) for job in jobs))
+        return print("\n".join(dict.fromkeys(line for job in jobs for line in job.by_hand)))
     every = [job for name in EXPERIMENTS for job in jobs_of(name)]
-    record({(job.script, all_flags(job.script, job.flags)["task"]) for job in every})
+    record({(j.script, all_flags(j.script, j.flags, j.recipes)["task"]) for j in every})
     if args.list:
         return listing(args.experiments)
     if failed := make(tasks(jobs), RUNS, args.workers):

@@ -44,7 +44,7 @@ def units(lines: list[str]) -> dict[str, range]:
         for i in range(node.lineno, node.end_lineno if name == "main" else 0):
             if lines[i].startswith("    for update in "):
                 ends[name], name = i, "main: start of an update"
-            if step := re.match(r" +# --- [\d.]+ ([^:]+?)(:| -|$)", lines[i]):
+            if step := re.match(r" +# --- [\d.]+ ([^:(]+?)( \(|:| -|$)", lines[i]):
                 ends[name], name = i, f"main: {step[1]}"
         ends[name] = node.end_lineno
     for i, line in enumerate(lines):
@@ -106,8 +106,9 @@ def markdown(page: dict) -> str:
     a, b = read(page["parent"]), read(page["child"])
     names = [f"[{p['name']}]({p['file']}.md)" if p != page else p["name"] for p in pages()]
     side = f"`python -m docs.build_lesson`, then open docs/site/{page['file']}.html"
+    picture = f"![{page['caption']}]({page['picture']})\n\n" if "picture" in page else ""
     out = [
-        f"# {page['title']}\n\n{page['lead']}\n",
+        f"# {page['title']}\n\n{picture}{page['lead']}\n",
         f"Lessons: {' · '.join(names)}. Side by side in a browser: {side}.",
     ]
     for count, (note, parts) in enumerate(sections(page, a, b)[:-1], 1):
@@ -163,11 +164,16 @@ def website(page: dict) -> str:
                     strip.append(link if tag != "equal" else "")
             main.append(fold("", i, j) if groups else "")
         main.append("</section>")
+    picture = ""
+    if "picture" in page:
+        alt = html.escape(page["caption"])
+        picture = f'<p><img src="../{page["picture"]}" alt="{alt}"></p>'
     names = [
         f"<a href={p['file']}.html>{p['name']}</a>" if p != page else p["name"] for p in pages()
     ]
     return Template((DOCS / "lesson.template.html").read_text()).substitute(
         {key: page[key] for key in ("title", "parent", "child")},
+        picture=picture,
         lead=prose(page["lead"]),
         lessons=" · ".join(names),
         strip="".join(strip),

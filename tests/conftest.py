@@ -19,7 +19,7 @@ SCRIPTS = (
     "vine_ppo_baseline",
 )  # fmt: skip
 CRITICS = [name for name in SCRIPTS if name not in ("grpo_baseline", "vine_ppo_baseline")]
-TALKERS = [name for name in SCRIPTS if name != "vine_ppo_baseline"]  # several turns
+MACHINE = ("charts/tokens_per_second", "charts/peak_memory_gb")  # and all of time/
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -27,6 +27,13 @@ from utils.world.environment import Environment  # noqa: E402
 from utils.world.tasks import MathTask  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+
+@pytest.fixture(autouse=True)
+def no_flag_outlives_its_test(monkeypatch):
+    """A run leaves its precision and the like in these modules."""
+    for name in ("tensors.HALF", "scale.prefixes.ON", "scale.processes.SHARDED"):
+        monkeypatch.setattr(f"utils.{name}", False)
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -45,8 +52,9 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
     """A random Llama of 30 k parameters in Hugging Face format."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -60,11 +68,8 @@ def tiny_data(tmp_path_factory) -> Path:
     """40 training and 8 test problems of the embedded data."""
     folder = tmp_path_factory.mktemp("data")
     for split, size in (("train", 40), ("test", 8)):
-        lines = (
-            (ROOT / "assets" / "data" / "tiny_math" / f"{split}.jsonl")
-            .read_text()
-            .splitlines()[:size]
-        )
+        file = ROOT / "assets" / "data" / "tiny_math" / f"{split}.jsonl"
+        lines = file.read_text().splitlines()[:size]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -73,18 +78,21 @@ def tiny_data(tmp_path_factory) -> Path:
 def small_flags(tiny_model, tiny_data) -> dict:
     """Flags of a run of two updates that takes a second."""
     return {
-        "model": str(tiny_model), "dataset": str(tiny_data), "updates": 2, "prompts_per_update": 4, "samples_per_prompt": 2,
-        "minibatch_size": 4, "micro_batch_size": 2, "max_new_tokens": 8, "eval_size": 4, "eval_every": 1, "save_every": 1,
-        "device": "cpu",
+        "model": str(tiny_model), "dataset": str(tiny_data), "updates": 2, "prompts_per_update": 4,
+        "samples_per_prompt": 2, "minibatch_size": 4, "micro_batch_size": 2, "max_new_tokens": 8,
+        "eval_size": 4, "eval_every": 1, "save_every": 1, "device": "cpu",
     }  # fmt: skip
 
 
 @pytest.fixture
 def dialogue_flags() -> dict:
     """Flags that turn the small run into one with the embedded assistant, user and reward model."""
+    assets = ROOT / "assets"
     return {
-        "task": "dialogue", "model": str(ROOT / "assets" / "tiny_dialogue"), "schema": ROOT / "assets" / "data" / "tiny_dialogue",
-        "reward_model": str(ROOT / "assets" / "tiny_reward"), "noise": "none", "kl_coef": 0.0, "max_turns": 4, "max_new_tokens": 40, "eval_size": 6,
+        "task": "dialogue", "model": str(assets / "tiny_dialogue"),
+        "dataset": str(assets / "data" / "tiny_dialogue"), "noise": "none", "kl_coef": 0.0,
+        "reward_model": str(assets / "tiny_reward"), "max_turns": 4, "max_new_tokens": 40,
+        "eval_size": 6,
     }  # fmt: skip
 
 
@@ -95,10 +103,8 @@ def run_main(monkeypatch, tmp_path, small_flags):
 
     def run(name: str, plot: bool = False, **flags) -> Path:
         module = importlib.import_module(name)
-        if not plot:
-            monkeypatch.setattr(
-                "utils.report.finish.plot_runs", lambda folders, out: out
-            )  # a second for each picture
+        if not plot:  # a second for each picture
+            monkeypatch.setattr("utils.report.finish.plot_runs", lambda folders, out: out)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         flags = {**small_flags, "run_name": name, **flags}
@@ -132,10 +138,10 @@ def shell(tmp_path):
     """shell(words): run a command in a temporary folder, capturing its output."""
 
     def run(words: list[str], **environment: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | environment
         return subprocess.run(
-            words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | environment,
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
 
     return run
 
@@ -154,12 +160,20 @@ def read_metrics(folder: Path) -> str:
     import pandas as pd
 
     frame = pd.read_csv(folder / "metrics.csv", dtype=str)
-    machine = [
-        c
-        for c in frame.columns
-        if c.startswith("time/") or c in ("charts/tokens_per_second", "charts/peak_memory_gb")
-    ]
+    machine = [c for c in frame.columns if c.startswith("time/") or c in MACHINE]
     return frame.drop(columns=machine).to_csv(index=False)
+
+
+def assert_same_metrics(one: Path, other: Path, but: str = "time/", **tolerance: float) -> None:
+    """Every metric of run `one`, but those that measure the machine and those that begin with
+    `but`, is that of `other` too."""
+    import pandas as pd
+
+    left, right = (pd.read_csv(folder / "metrics.csv") for folder in (one, other))
+    for key in left.columns:
+        if not key.startswith(("time/", but)) and key not in MACHINE:
+            wanted = pytest.approx(left[key].tolist(), nan_ok=True, **tolerance)
+            assert right[key].tolist() == wanted, key
 
 
 def read_samples(folder: Path) -> list[dict]:

@@ -6,18 +6,19 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets.make import tiny_dialogue as make_tiny_dialogue
+from assets.make import tiny_dialogue
 from assets.make import tiny_math as maker
+from tests.conftest import ROOT
+from utils.dialogue import reward_model
+from utils.dialogue.goals import UNSEEN
+from utils.dialogue.task import DialogueTask
 from utils.models import load_policy
-from utils.world import reward_model
 from utils.world.answers import is_correct
-from utils.world.goals import UNSEEN
-from utils.world.tasks import DialogueTask
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "assets" / "data" / "tiny_math"
 
 
@@ -29,23 +30,24 @@ def test_data():
     train, test = rows("train"), rows("test")
     assert len(train) >= 2000 and len(test) >= 512
     assert not {r["question"] for r in train} & {r["question"] for r in test}
-    assert not {r["answer"] for r in train} & {
-        r["answer"] for r in test
-    }  # not even a solution is shared
+    solutions = [{r["answer"] for r in some} for some in (train, test)]
+    assert not solutions[0] & solutions[1]  # not even a solution is shared
     steps = [r["answer"].count("\n") for r in train]
     assert set(steps) == {1, 2, 3, 4}
     for row in [*train, *test]:
         lines = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)\n", row["answer"])
         assert row["answer"].endswith(f"#### {lines[-1][3]}")
-        assert all(
-            maker.calculate(int(a), op, int(b)) == int(c) and not (op == "/" and int(a) % int(b))
-            for a, op, b, c in lines
-        )
+        for a, op, b, c in lines:
+            assert maker.calculate(int(a), op, int(b)) == int(c)
+            assert op != "/" or int(a) % int(b) == 0
 
 
 def test_solutions_follow_from_hand_checked_steps():
-    steps = [maker.Step("each", 3, "*", 4, (3, "+", 4)), maker.Step("half", "#0", "/", 2, ("#0", "-", 2)),
-             maker.Step("together", "#0", "+", "#1", None)]  # fmt: skip
+    steps = [
+        maker.Step("each", 3, "*", 4, (3, "+", 4)),
+        maker.Step("half", "#0", "/", 2, ("#0", "-", 2)),
+        maker.Step("together", "#0", "+", "#1", None),
+    ]
     assert maker.write_up(maker.work(steps)) == "3*4=12\n12/2=6\n12+6=18\n#### 18"
     always = type("", (), {"random": lambda self: 0.0})()
     assert maker.write_up(maker.work(steps, always)) == "3+4=7\n7-2=5\n#### 5"
@@ -63,37 +65,31 @@ def test_the_careless_student_never_sees_a_test_problem():
 
 def test_model_size_and_accuracy():
     folder = ROOT / "assets" / "tiny_math"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert 1e6 <= model.num_parameters() <= 3e6
     assert sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
     assert tokenizer.is_fast and tokenizer.chat_template
-    assert 0.30 <= maker.accuracy(model, tokenizer, rows("test")) <= 0.50
+    assert 0.30 <= maker.accuracy(model, tokenizer, rows("test")[:256]) <= 0.50
     for text in ("Zażółć 12 + 3 = 15?\n", "#### -7"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_maker_is_deterministic(tmp_path):
+SMALL = {"batch_size": 2, "hidden_size": 32, "layers": 1}
+MATH = SMALL | {"steps": 3, "train_size": 50, "test_size": 10}
+
+
+@pytest.mark.parametrize("made", [(maker, MATH), (tiny_dialogue, SMALL | {"steps": 2})])
+def test_a_maker_is_deterministic(tmp_path, monkeypatch, made):
+    module, flags = made
+    monkeypatch.chdir(ROOT)
     digests = []
     for name in ("a", "b"):
-        maker.main(
-            maker.Args(
-                out=tmp_path / name,
-                train_size=50,
-                test_size=10,
-                steps=3,
-                batch_size=8,
-                hidden_size=32,
-                layers=1,
-            )
-        )
+        module.main(module.Args(out=tmp_path / name, **flags))
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
-        assert (tmp_path / name / "tiny_math" / "config.json").exists()
-    assert digests[0] == digests[1]
     torch.set_num_threads(1)
+    assert digests[0] == digests[1] and len(digests[0]) >= 4
 
 
 def test_committed_data_is_what_the_maker_writes(tmp_path):
@@ -110,15 +106,12 @@ def test_the_embedded_assistant_starts_at_a_middling_level(monkeypatch):
     policy, chat = load_policy("assets/tiny_dialogue", torch.device("cpu"))
     task = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
     problems = [p for p in task.test if p.answer.group != UNSEEN][:150]
-    turns = reward_model.sample_dialogues(
-        policy, chat, task, problems, reward_model.Args(temperature=0.0)
-    )
+    greedy = reward_model.Args(temperature=0.0)
+    turns = reward_model.sample_dialogues(policy, chat, task, problems, greedy)
     assert 0.40 <= task.measure(list(zip(problems, turns, strict=True)))["tcr"] <= 0.60
     folder = ROOT / "assets" / "tiny_dialogue"
-    assert (
-        1e6 <= policy.num_parameters() <= 3e6
-        and sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
-    )
+    assert 1e6 <= policy.num_parameters() <= 3e6
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 6.5e6
 
 
 def test_the_page_states_the_accuracy_of_the_embedded_reward_model():
@@ -127,23 +120,6 @@ def test_the_page_states_the_accuracy_of_the_embedded_reward_model():
     assert 0.65 <= accuracy <= 0.79
     text = " ".join((ROOT / "docs" / "tasks.md").read_text().split())
     assert f"**{accuracy:.0%}** of the pairs".replace("%", " %") in text
-    defaults = {
-        k: str(v) if isinstance(v, Path) else v
-        for k, v in vars(reward_model.Args()).items()
-        if k != "device"
-    }
-    assert {k: v for k, v in report["flags"].items() if k != "device"} == defaults, (
-        "made with other flags than the defaults"
-    )
-
-
-def test_the_maker_of_the_assistant_is_deterministic(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    digests = []
-    for name in ("a", "b"):
-        small = {"steps": 2, "batch_size": 2, "hidden_size": 32, "layers": 1}
-        make_tiny_dialogue.main(make_tiny_dialogue.Args(out=tmp_path / name, **small))
-        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
-        digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
-    assert digests[0] == digests[1] and len(digests[0]) >= 4
-    torch.set_num_threads(1)
+    given = vars(reward_model.Args()).items()  # made with no other flags than the defaults
+    defaults = {k: str(v) if isinstance(v, Path) else v for k, v in given}
+    assert report["flags"] | {"device": "auto"} == defaults

@@ -15,7 +15,6 @@ from tests.conftest import CRITICS
 from utils.checkpoints import kept_weights
 from utils.keyed import seed_torch
 from utils.models import load_policy
-from utils.tensors import pack
 from utils.world.environment import Environment
 
 CPU = torch.device("cpu")
@@ -23,9 +22,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", CRITICS)
 def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main, small_flags):
-    """Two updates of the critic alone: the study's critic has the checkpoint's weights."""
+    """Two updates with a policy that does not learn: the study's critic has the checkpoint's
+    weights."""
     flags = small_flags | {
-        "critic_warmup": 2,
+        "learning_rate": 0.0,
         "noise_rate": 0.5,
         "truncated": "grade",
         "max_new_tokens": 12,
@@ -41,12 +41,12 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
     for update in (1, 2):
         seed_torch(args.seed, "rollout", update)
         episodes = module.rollout(policy, env, env.problems(update), args, 1.0)
-        batch = pack(episodes, chat.pad_id, CPU)
+        batch = env.pack(episodes)
         observed = module.observe(args, env.grade(episodes), episodes, update)
         if update == 1:
             torch.nn.init.constant_(critic.head.bias, observed.mean().item())
-        rewards = module.place_rewards(observed, batch["mask"])
-        study.train_update(module, policy, critic, optimizer, batch, rewards, args, update)
+        rewards = module.place_rewards(observed, batch)
+        study.train_update(module, critic, optimizer, batch, rewards, args, update)
     saved = kept_weights(folder / "checkpoints" / "000002" / "critic", critic)
     own = critic.state_dict()
     assert saved.keys() <= own.keys() and any(key.startswith("backbone.") for key in saved)
@@ -54,24 +54,28 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
         assert torch.equal(weight, own[key]), key
 
 
-class Told:
-    """A script whose critic says what it is told: values (B, T) of all episodes."""
+class Saying:
+    """A script whose critic says given values (B, T) of all episodes."""
 
     advantages_and_targets = staticmethod(study.ppo.advantages_and_targets)
 
     def __init__(self, values):
         self.values = values
 
-    def score_tokens(self, policy, critic, batch, args):
+    def score_tokens(self, critic, batch, args):
         return {"values": self.values[batch["rows"][:, 0]]}
 
 
 def measured(values, clean, observed, fresh, fitted):
-    rows = torch.arange(len(clean)).unsqueeze(1).expand_as(values)
-    batch = {"mask": torch.ones(values.shape, dtype=torch.bool), "rows": rows}
-    return study.measure(
-        Told(values), None, None, batch, clean, observed, fresh, fitted, study.ppo.Args()
-    )
+    count, width = values.shape
+    batch = {
+        "mask": torch.ones(values.shape, dtype=torch.bool),
+        "logprobs": torch.zeros(values.shape),
+        "rows": torch.arange(count).unsqueeze(1),
+        "last": torch.full((count, 1), width - 1),
+    }
+    script = Saying(values)
+    return study.measure(script, None, batch, clean, observed, fresh, fitted, study.ppo.Args())
 
 
 def test_measures():

@@ -22,7 +22,8 @@ from utils.world.data import (
     load_split,
     read,
     right_options,
-)
+    split_name,
+)  # fmt: skip
 
 CHOICES = {"text": ["gills", "lungs", "skin"], "label": ["1", "2", "3"]}
 USER = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -59,42 +60,22 @@ ROWS = {
 FLAGS = SimpleNamespace(question_column=None, answer_column=None, choices_column=None, seed=1)
 
 
-def table() -> dict[str, list[str]]:
-    """The rows of the page by id: their cells."""
-    rows = re.findall(
-        r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$",
-        (ROOT / "docs" / "real-models.md").read_text(),
-        flags=re.M,
-    )
-    return {
-        name: [cell.strip() for cell in cells.split(" | ")]
-        for name, cells in rows
-        if name in DATASETS
-    }
-
-
 def test_the_table_of_the_page_is_the_one_in_the_code():
-    assert table().keys() == DATASETS.keys() == ROWS.keys()
-    for name, (config, train, test, columns, gated, command) in table().items():
-        source = DATASETS[name]
-        assert (config.strip("`") or None, train or None, test or None) == (
-            source.config,
-            source.train,
-            source.test,
-        ), name
-        assert columns.split(", ") == [
-            f"`{c}`" for c in (source.question, source.answer, *source.choices)
-        ], name
-        assert (
-            (gated == "yes") == source.gated
-            and name in command
-            and f"--task {source.task}" in command
-        ), name
+    page = (ROOT / "docs" / "real-models.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.-]+/[\w.-]+)` \| (.*) \|$", page, flags=re.M))
+    assert rows.keys() >= DATASETS.keys() == ROWS.keys()
+    for name, source in DATASETS.items():
+        config, train, test, columns, gated, command = rows[name].split(" | ")
+        splits = [cell.strip(" `") or None for cell in (config, train, test)]
+        assert splits == [source.config, source.train, source.test], name
+        named = [f"`{c}`" for c in (source.question, source.answer, *source.choices)]
+        assert columns.strip().split(", ") == named, name
+        assert (gated.strip() == "yes") == source.gated, name
+        assert name in command and f"--task {source.task}" in command, name
 
 
 @pytest.mark.parametrize("name", DATASETS)
-@pytest.mark.parametrize("by_name", [True, False])
-def test_every_data_set_of_the_table(tmp_path, monkeypatch, name, by_name):
+def test_every_data_set_of_the_table(tmp_path, monkeypatch, name):
     """By its name, as from the hub, and from a folder in which nothing but the columns tells what
     it is."""
     source, part = DATASETS[name], "train" if DATASETS[name].train else "test"
@@ -104,22 +85,15 @@ def test_every_data_set_of_the_table(tmp_path, monkeypatch, name, by_name):
         asked.append((given, config, split))
         return Dataset.from_list([ROWS[name]])
 
-    monkeypatch.setattr(
-        "utils.world.data.load_dataset", hub if by_name else __import__("datasets").load_dataset
-    )
     (tmp_path / f"{part}.jsonl").write_text(json.dumps(ROWS[name]) + "\n")
-    (question,) = load_split(
-        FLAGS, name if by_name else str(tmp_path), None, None, part, unlabelled=False
-    )
-    assert asked == ([(name, source.config, getattr(source, part))] if by_name else [])
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.load_dataset", hub)
+        (question,) = load_split(FLAGS, name, None, None, part, unlabelled=False)
+    assert asked == [(name, source.config, getattr(source, part))]
+    assert [question] == load_split(FLAGS, str(tmp_path), None, None, part, unlabelled=False)
     if source.task == "math":
-        assert (question.text, question.options) == (
-            "What is 2 + 3?",
-            (),
-        ) and question.answer.rsplit("#### ")[-1] in (
-            "5",
-            "5.0",
-        )
+        assert question.text == "What is 2 + 3?" and not question.options
+        assert question.answer.rsplit("#### ")[-1] in ("5", "5.0")
     elif source.choices:
         assert set(question.options) >= {"lungs", "gills", "skin"}
         assert question.options[LETTERS.index(question.answer)] == "lungs"
@@ -144,14 +118,8 @@ def rows_of(*rows: dict, seed: int = 1, **flags) -> list:
 def test_options_are_shuffled_by_seed_and_question():
     """Each position holds the right option about as often, the same question is asked alike, and
     another seed asks it otherwise."""
-    many = [
-        {
-            "question": f"{i}?",
-            "choices": {"text": ["w", "x", "y", "right"], "label": list("ABCD")},
-            "answerKey": "D",
-        }
-        for i in range(400)
-    ]
+    choices = {"text": ["w", "x", "y", "right"], "label": list("ABCD")}
+    many = [{"question": f"{i}?", "choices": choices, "answerKey": "D"} for i in range(400)]
     questions = rows_of(*many)
     places = [questions[i].answer for i in range(400)]
     assert all(80 <= places.count(letter) <= 120 for letter in "ABCD")
@@ -164,10 +132,8 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
     row = {"q": "Which?", "c": ["a b", "c d", "e f"], "k": 2}
     (question,) = rows_of(row, question_column="q", answer_column="k", choices_column="c")
     assert question.options["ABC".index(question.answer)] == "e f"
-    with pytest.raises(
-        SystemExit,
-        match="--choices-column: there is no column 'nope'; the data set has the columns q, c, k",
-    ):
+    message = "--choices-column: there is no column 'nope'; the data set has the columns q, c, k"
+    with pytest.raises(SystemExit, match=message):
         rows_of(row, question_column="q", answer_column="k", choices_column="nope")
 
 
@@ -183,18 +149,13 @@ def test_named_columns_and_the_ways_to_name_the_right_option():
 )
 def test_options_in_usual_shapes(choices, answer):
     (question,) = rows_of({"question": "Which?", "choices": choices, "answer": answer})
-    assert (
-        question.options[LETTERS.index(question.answer)] == "b" and "None" not in question.options
-    )
+    assert question.options[LETTERS.index(question.answer)] == "b"
+    assert "None" not in question.options
 
 
 def test_missing_values():
-    rows = [
-        {"question": "1?", "answer": None},
-        {"question": None, "answer": "2"},
-        {"question": "3?", "answer": "3"},
-        {"question": "4?", "answer": ""},
-    ]
+    pairs = [("1?", None), (None, "2"), ("3?", "3"), ("4?", "")]
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
     assert [(q.text, q.answer) for q in rows_of(*rows)] == [("1?", None), ("3?", "3"), ("4?", None)]
 
 
@@ -332,15 +293,12 @@ def test_values_are_kept_as_they_are_written(tmp_path, ending):
     elif ending in (".csv", ".tsv"):
         mark = "," if ending == ".csv" else "\t"
         cells = ["" if x == "null" else x for x in WRITTEN]
-        text = "\n".join(
-            [f"question{mark}answer", *(f"{i}?{mark}{x}" for i, x in enumerate(cells))]
-        )
+        lines = [f"question{mark}answer", *(f"{i}?{mark}{x}" for i, x in enumerate(cells))]
+        text = "\n".join(lines)
         wanted[list(WRITTEN).index("NaN")] = "NaN"
-    content = (
-        gzip.compress(text.encode(), mtime=0)
-        if ending.endswith(".gz")
-        else text.encode("utf-8-sig")
-    )
+    content = text.encode("utf-8-sig")
+    if ending.endswith(".gz"):
+        content = gzip.compress(text.encode(), mtime=0)
     assert answers_in(tmp_path, f"rows{ending}", content) == wanted
 
 
@@ -351,11 +309,8 @@ def test_rows_of_several_lines_and_of_different_columns(tmp_path):
 
 
 def test_float32_and_dates_of_parquet(tmp_path):
-    kinds = {
-        "question": Value("string"),
-        "choices": List(Value("float32")),
-        "answer": Value("float32"),
-    }
+    number = Value("float32")
+    kinds = {"question": Value("string"), "choices": List(number), "answer": number}
     rows = [{"question": "?", "choices": [0.1, 0.25, 3.0], "answer": 0.1}]
     Dataset.from_list(rows, features=Features(kinds)).to_parquet(str(tmp_path / "train.parquet"))
     (question,) = load_split(FLAGS, str(tmp_path), None, None, "train", False)
@@ -395,10 +350,20 @@ def test_names_that_are_refused_in_one_sentence():
             load_split(FLAGS, name, None, None, "train", False)
 
 
+def test_a_configuration_stands_behind_a_colon(tmp_path):
+    """Of a folder it is a folder below it; what is there with a colon in its name is itself."""
+    assert split_name("allenai/ai2_arc:ARC-Easy") == ("allenai/ai2_arc", "ARC-Easy")
+    assert split_name("openai/gsm8k") == ("openai/gsm8k", None)
+    (tmp_path / "a:b" / "c").mkdir(parents=True)
+    (tmp_path / "a:b" / "c" / "train.jsonl").write_text('{"question": "?", "answer": "5"}')
+    assert split_name(f"{tmp_path}/a:b") == (f"{tmp_path}/a:b", None)
+    name = split_name(f"{tmp_path}/a:b:c")
+    assert [q.answer for q in load_split(FLAGS, *name, None, "train", False)] == ["5"]
+
+
 def test_layout():
-    assert (
-        lay_out("Which?", ("x", "y")) == "Which?\nA) x\nB) y" and lay_out("Which?", ()) == "Which?"
-    )
+    assert lay_out("Which?", ("x", "y")) == "Which?\nA) x\nB) y"
+    assert lay_out("Which?", ()) == "Which?"
 
 
 def test_the_embedded_science_data():

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ppo_baseline import policy_loss
-from utils.engine import MOST, Engine, start_vllm, truncated_ratios
+from tests.test_tensors import Row, pack
 from utils.generation import generate
 from utils.models import load_policy
+from utils.scale.engine import MOST, Engine, start_vllm
 
 CPU = torch.device("cpu")
-FLAGS = SimpleNamespace(rollout_ratio_cap=2.0)
 
 
 class StandIn:
@@ -81,7 +81,7 @@ def test_a_run_is_that_of_own_decoding_where_the_engine_is(vllm, run_main, monke
     assert first[0] == pytest.approx(first[1] * math.exp(-0.004), abs=1e-6)
     assert found["charts/engine_gap"][1:].tolist() == pytest.approx([0.004] * 2, abs=1e-5)
     assert found["charts/engine_gap_max"][1:].tolist() == pytest.approx([0.004] * 2, abs=1e-4)
-    # held out, sampled; held out, sampled; held out: one push for every policy, as it is first asked
+    # held out, sampled; held out, sampled; held out: one push for every policy, when first asked
     push = ["reload_weights", "reset_prefix_cache", "generate"]
     assert StandIn.last.did == push + ["generate"] + push + ["generate"] + push
 
@@ -116,10 +116,10 @@ def test_another_model_than_the_policy_is_refused(vllm, tiny_model, monkeypatch)
 
 
 def test_weights_are_truncated_by_hand():
-    batch = {"gap": torch.tensor([[0.5, 1.0, 1.5, 3.0]]).log()}
-    weights = truncated_ratios(batch, FLAGS)
+    row = Row([5], [6, 7, 8, 9], [True] * 4)
+    row.gap = [math.log(x) for x in (0.5, 1.0, 1.5, 3.0)]
+    weights = pack([row])["sampler"]
     assert weights.tolist()[0] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert torch.equal(truncated_ratios({"gap": torch.zeros(2, 3)}, FLAGS), torch.ones(2, 3))
     # rho = 1.1, 0.5, 1.5, 1.5; clipped to [0.8, 1.2]; A = 1, -1, 1, -1
     ratio, advantages = torch.tensor([[1.1, 0.5, 1.5, 1.5]]), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     mean = torch.full((1, 4), 0.25)
@@ -134,8 +134,6 @@ def test_what_it_cannot_be_had_for_is_said(run_main, monkeypatch):
         run_main("ppo_baseline", rollout_engine="vllm")
     with pytest.raises(SystemExit, match="without --lora-rank"):
         run_main("ppo_baseline", rollout_engine="vllm", lora_rank=4)
-    with pytest.raises(SystemExit, match="--rollout-ratio-cap 0.5: must be at least 1"):
-        run_main("ppo_baseline", rollout_ratio_cap=0.5)
 
 
 def test_vllm_itself():

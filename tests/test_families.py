@@ -31,47 +31,54 @@ from transformers import (
 
 import ppo_baseline as ppo
 from tests.conftest import bare_world
+from utils.chat import TODAY, Chat
+from utils.dialogue.reward_model import load_reward_model
 from utils.generation import generate
-from utils.models import TODAY, Chat, load_policy
+from utils.models import load_policy
 from utils.tensors import pack
 from utils.world.problems import Problem
-from utils.world.reward_model import load_reward_model
 from utils.world.tasks import MathTask, check_context
 
 CPU = torch.device("cpu")
 CHATML = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QWEN3 = (  # without a default system message; thoughts of earlier answers are left out; thinking can be switched off
-    "{% for m in messages %}{% set text = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+QWEN3 = (  # no default system message, no earlier thoughts; thinking can be switched off
+    "{% for m in messages %}{% set text = m.content.split('</think>')[-1] "
+    "if m.role == 'assistant' else m.content %}"
     "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: x<|eot_id|>' }}"
-    "{% endif %}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0].role != 'system' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: x<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
 )
 GEMMA3 = (  # the system message goes into the first user turn
-    "{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.first = m.content + '\n\n' %}"
-    "{% else %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (ns.first if m.role == 'user' else '') + m.content"
-    " | trim + '<end_of_turn>\n' }}{% if m.role == 'user' %}{% set ns.first = '' %}{% endif %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.first = m.content + '\n\n' %}"
+    "{% else %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' "
+    "+ (ns.first if m.role == 'user' else '') + m.content | trim + '<end_of_turn>\n' }}"
+    "{% if m.role == 'user' %}{% set ns.first = '' %}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + GEMMA3
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + GEMMA3
 )
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-)
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 @dataclass
@@ -97,26 +104,41 @@ class Family:
 
 IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
+    "<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>",
     "<|end_header_id|>",
-]
+]  # fmt: skip
 TURNS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+QWEN2, LLAMA = (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)
+GEMMA = {
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 FAMILIES = {
-    "qwen2.5": Family(Qwen2Config, Qwen2ForCausalLM, CHATML, IM, None, IM[2], IM[0], [IM[2], IM[0]], [IM[0], IM[2]], spare_rows=64),
-    "qwen2.5-base": Family(Qwen2Config, Qwen2ForCausalLM, CHATML, IM, None, IM[0], IM[0], [IM[0]], [IM[0], IM[2]], spare_rows=64),
-    "qwen3": Family(Qwen3Config, Qwen3ForCausalLM, QWEN3, IM, None, IM[2], IM[0], [IM[2], IM[0]], [IM[0], IM[2]], extra={"head_dim": 16}),
-    "llama3": Family(LlamaConfig, LlamaForCausalLM, LLAMA3, HEADERS, HEADERS[0], HEADERS[3], None, HEADERS[1:4], HEADERS[1:4], True),
-    "llama3-base": Family(LlamaConfig, LlamaForCausalLM, None, HEADERS, HEADERS[0], HEADERS[1], None, HEADERS[1:2], HEADERS[1:2], True),
-    "smollm2": Family(LlamaConfig, LlamaForCausalLM, CHATML, IM, IM[1], IM[2], IM[2], [IM[2]], [IM[2]]),
-    "gemma3": Family(
-        Gemma3TextConfig, Gemma3ForCausalLM, GEMMA3, TURNS, TURNS[2], TURNS[1], TURNS[0], [TURNS[1], TURNS[4]], [TURNS[1], TURNS[4]],
-        True, "left", extra={"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2.5": Family(
+        *QWEN2, CHATML, IM, None, IM[2], IM[0], [IM[2], IM[0]], [IM[0], IM[2]], spare_rows=64
     ),
-    "pythia": Family(GPTNeoXConfig, GPTNeoXForCausalLM, None, IM[:1], IM[0], IM[0], None, [IM[0]], [IM[0]]),
+    "qwen2.5-base": Family(
+        *QWEN2, CHATML, IM, None, IM[0], IM[0], [IM[0]], [IM[0], IM[2]], spare_rows=64
+    ),
+    "qwen3": Family(
+        Qwen3Config, Qwen3ForCausalLM, QWEN3, IM, None, IM[2], IM[0], [IM[2], IM[0]],
+        [IM[0], IM[2]], extra={"head_dim": 16},
+    ),
+    "llama3": Family(
+        *LLAMA, LLAMA3, HEADERS, HEADERS[0], HEADERS[3], None, HEADERS[1:4], HEADERS[1:4], True
+    ),
+    "llama3-base": Family(
+        *LLAMA, None, HEADERS, HEADERS[0], HEADERS[1], None, HEADERS[1:2], HEADERS[1:2], True
+    ),
+    "smollm2": Family(*LLAMA, CHATML, IM, IM[1], IM[2], IM[2], [IM[2]], [IM[2]]),
+    "gemma3": Family(
+        Gemma3TextConfig, Gemma3ForCausalLM, GEMMA3, TURNS, TURNS[2], TURNS[1], TURNS[0],
+        [TURNS[1], TURNS[4]], [TURNS[1], TURNS[4]], True, "left", extra=GEMMA,
+    ),
+    "pythia": Family(
+        GPTNeoXConfig, GPTNeoXForCausalLM, None, IM[:1], IM[0], IM[0], None, [IM[0]], [IM[0]]
+    ),
 }  # fmt: skip
 
 
@@ -137,18 +159,16 @@ def build(family: Family, folder: Path) -> Path:
             single=f"{family.bos} $A", special_tokens=[bos]
         )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos, pad_token=family.pad,
-        padding_side=family.padding_side, additional_special_tokens=[],
+        tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos,
+        pad_token=family.pad, padding_side=family.padding_side, additional_special_tokens=[],
     )  # fmt: skip
     if "<think>" in (family.template or ""):
-        fast.add_tokens(
-            ["<think>", "</think>"]
-        )  # as in Qwen3 they are not special: decoding keeps them
+        fast.add_tokens(["<think>", "</think>"])  # not special: decoding keeps them
     fast.chat_template = family.template
     config = family.config(
-        vocab_size=len(fast) + family.spare_rows, max_position_embeddings=256, initializer_range=0.3,
-        tie_word_embeddings=family.model is not GPTNeoXForCausalLM, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-        **SIZES | family.extra,
+        vocab_size=len(fast) + family.spare_rows, max_position_embeddings=256,
+        tie_word_embeddings=family.model is not GPTNeoXForCausalLM, initializer_range=0.3,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None, **SIZES | family.extra,
     )  # fmt: skip
     torch.manual_seed(0)
     model = family.model(config)
@@ -171,9 +191,8 @@ def name(request) -> str:
 
 def test_every_token_that_ends_a_turn_stops(folders, name):
     policy, chat = load_policy(str(folders[name]), CPU)
-    assert sorted(chat.eos_ids) == sorted(
-        chat.tokenizer.convert_tokens_to_ids(FAMILIES[name].stops)
-    )
+    stops = chat.tokenizer.convert_tokens_to_ids(FAMILIES[name].stops)
+    assert sorted(chat.eos_ids) == sorted(stops)
     assert max(chat.pad_id, *chat.eos_ids) < policy.get_input_embeddings().num_embeddings
 
 
@@ -184,25 +203,19 @@ def test_the_tokens_of_a_conversation_are_those_of_the_template(folders, name, s
     family = FAMILIES[name]
     _, chat = load_policy(str(folders[name]), CPU, system=system)
     stop = family.stops[-1] if family.template else family.eos
-    tokens = (
-        chat.prompt_ids("Hi 1")
-        + chat.tokenizer(f"2{stop}", add_special_tokens=False)["input_ids"]
-        + chat.user_turn_ids("Now 3")
-    )
-    text = chat.tokenizer.decode(tokens)
+    answer = chat.tokenizer(f"2{stop}", add_special_tokens=False)["input_ids"]
+    text = chat.tokenizer.decode(chat.prompt_ids("Hi 1") + answer + chat.user_turn_ids("Now 3"))
     if family.template:
-        turns = ([{"role": "system", "content": system}] if system else []) + [
-            {"role": "user", "content": "Hi 1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Now 3"},
-        ]  # fmt: skip
-        whole = chat.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        talk = [("system", system)] * bool(system)
+        talk += [("user", "Hi 1"), ("assistant", "2"), ("user", "Now 3")]
+        turns = [{"role": role, "content": words} for role, words in talk]
+        whole, first = (
+            chat.tokenizer.apply_chat_template(
+                some, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            )
+            for some in (turns, turns[:-2])
         )
-        first = chat.tokenizer.apply_chat_template(
-            turns[:-2], add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-        if (
-            "<think>" in whole
-        ):  # the empty thought stays before the answer, where it stood when the answer was given
+        if "<think>" in whole:  # the empty thought stays where it stood when the answer was given
             whole = whole.replace("assistant\n2", "assistant\n<think>\n\n</think>\n\n2")
         assert text == whole and chat.tokenizer.decode(chat.prompt_ids("Hi 1")) == first
     else:
@@ -218,11 +231,11 @@ def test_thinking_is_a_switch(folders):
     on, off = (load_policy(str(folders["qwen3"]), CPU, thinking=t)[1] for t in (True, False))
     assert on.decode(on.prompt_ids("Hi")).endswith("assistant")
     assert off.decode(off.prompt_ids("Hi")).endswith("<think>\n\n</think>")
-    assert (
-        on.decode(on.tokenizer.encode("<think>7</think>9")) == "<think>7</think>9"
-    )  # for the answer checker to see
+    # for the answer checker to see
+    assert on.decode(on.tokenizer.encode("<think>7</think>9")) == "<think>7</think>9"
 
 
+@torch.no_grad()
 def test_training_sees_the_log_probabilities_of_sampling(folders, name):
     """Left padding, sliding windows and spare vocabulary rows included; a row ends with its first
     EOS, whichever it is."""
@@ -233,26 +246,18 @@ def test_training_sees_the_log_probabilities_of_sampling(folders, name):
     problems = [Problem("p", "1", ids) for ids in prompts]
     episodes = ppo.rollout(policy, bare_world(args, chat), problems, args, 1.0)
     for e in episodes:
-        answer = e.tokens[len(e.problem.prompt_ids) :]
-        assert not set(answer[:-1]) & set(chat.eos_ids) and e.finished == (
-            answer[-1] in chat.eos_ids
-        )
-        assert isinstance(e.completions[0], str)
+        assert not set(e.tokens[:-1]) & set(chat.eos_ids) and isinstance(e.completions[0], str)
+        assert e.finished == (e.tokens[-1] in chat.eos_ids)
     batch = pack(episodes, chat.pad_id, CPU)
-    trained = ppo.reference_logprobs(policy, batch, args)
-    for i, e in enumerate(episodes[:6]):
-        logits = policy(input_ids=torch.tensor([e.tokens])).logits[0, :-1]
-        targets = torch.tensor(e.tokens[1:])
-        alone = (
-            logits.log_softmax(-1)
-            .gather(-1, targets.unsqueeze(-1))
-            .squeeze(-1)[torch.tensor(e.chosen[1:])]
-        )
-        assert torch.allclose(batch["logprobs"][i][batch["mask"][i]], alone, atol=1e-4)
-        assert torch.allclose(trained[i][batch["mask"][i]], alone, atol=1e-4)
+    assert ppo.kl_penalty(policy, batch, args).abs().max() < 1e-4
+    for sampled, e in zip(batch["logprobs"], episodes[:6], strict=False):
+        tokens = torch.tensor([e.prompt + e.tokens])
+        logprobs = policy(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+        alone = logprobs.gather(1, tokens[0, 1:, None])[len(e.prompt) - 1 :, 0]
+        assert torch.allclose(sampled[: len(e.tokens)], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_decoding_is_that_of_transformers(folders, name, temperature):
     """Token by token the same as `generate`, greedily and with the same noise; prompts repeat, rows
     end early, caches grow."""
@@ -268,7 +273,8 @@ def test_decoding_is_that_of_transformers(folders, name, temperature):
     theirs = policy.generate(
         input_ids=torch.tensor([[chat.pad_id] * (width - len(p)) + p for p in prompts]),
         attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-        max_new_tokens=40, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+        max_new_tokens=40, do_sample=temperature > 0, temperature=temperature or 1.0,
+        top_k=0, top_p=1.0,
     )[:, width:].tolist()  # fmt: skip
     assert len({len(a.tokens) for a in ours}) > 1 or temperature == 0
     for answer, row in zip(ours, theirs, strict=True):
@@ -277,46 +283,12 @@ def test_decoding_is_that_of_transformers(folders, name, temperature):
     assert torch.equal(state, torch.get_rng_state())  # and what is drawn next is the same, too
 
 
-@pytest.mark.parametrize("script_name", ["vrpo_math", "grpo_baseline"])
-def test_a_run_with_each_family_and_lora(run_main, folders, name, script_name):
+def test_a_run_with_each_family_and_lora(run_main, folders, name):
     """Its checkpoint loads with plain transformers."""
-    folder = run_main(
-        script_name,
-        model=str(folders[name]),
-        updates=1,
-        lora_rank=2,
-        system_prompt="Be brief.",
-        max_prompt_tokens=256,
-    )
+    flags = {"lora_rank": 2, "system_prompt": "Be brief.", "max_prompt_tokens": 256}
+    folder = run_main("vrpo_math", model=str(folders[name]), updates=1, **flags)
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000001" / "policy")
     assert type(model) is FAMILIES[name].model
-
-
-def test_a_template_without_a_system_role_says_so(tmp_path):
-    folder = build(replace(FAMILIES["gemma3"], template=NO_SYSTEM), tmp_path)
-    _, chat = load_policy(str(folder), CPU, system="Be brief.")
-    with pytest.raises(
-        SystemExit,
-        match="refuses the roles system, user .System role not supported.; see --system-prompt",
-    ):
-        chat.prompt_ids("Hi")
-
-
-def test_a_template_that_rewrites_answers_says_so(tmp_path):
-    folder = build(
-        replace(
-            FAMILIES["smollm2"],
-            template=CHATML.replace(
-                "m.content", "(m.content | upper if m.role == 'assistant' else m.content)"
-            ),
-        ),
-        tmp_path,
-    )
-    _, chat = load_policy(str(folder), CPU)
-    with pytest.raises(
-        SystemExit, match="does not repeat earlier answers as they were; use --max-turns 1"
-    ):
-        chat.user_turn_ids("Hi")
 
 
 # ---- templates ----
@@ -324,22 +296,38 @@ def test_a_template_that_rewrites_answers_says_so(tmp_path):
 
 def chat_of(family: str, folder: Path, template: str | None, **flags) -> Chat:
     """The chat format of a family, with another template."""
-    return load_policy(
-        str(build(replace(FAMILIES[family], template=template), folder)), CPU, **flags
-    )[1]
+    built = build(replace(FAMILIES[family], template=template), folder)
+    return load_policy(str(built), CPU, **flags)[1]
+
+
+def test_a_template_without_a_system_role_says_so(tmp_path):
+    chat = chat_of("gemma3", tmp_path, NO_SYSTEM, system="Be brief.")
+    refusal = "refuses the roles system, user .System role not supported.; see --system-prompt"
+    with pytest.raises(SystemExit, match=refusal):
+        chat.prompt_ids("Hi")
+
+
+def test_a_template_that_rewrites_answers_says_so(tmp_path):
+    shouts = "(m.content | upper if m.role == 'assistant' else m.content)"
+    chat = chat_of("smollm2", tmp_path, CHATML.replace("m.content", shouts))
+    refusal = "does not repeat earlier answers as they were; use --max-turns 1"
+    with pytest.raises(SystemExit, match=refusal):
+        chat.user_turn_ids("Hi")
 
 
 SPACED = (  # as Llama 2 has it: blanks around the answer, EOS and BOS between turns
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + 'END' + eos_token }}{% endif %}{% endfor %}"
 )
 
 
-@pytest.mark.parametrize("end", [" ", "\n", " \n", ""])
-def test_one_eos_between_turns(tmp_path, end):
-    chat = chat_of("llama3", tmp_path, SPACED.replace("END", end.replace("\n", "\\n")))
-    ids = chat.user_turn_ids("Now 3")
-    assert chat.tokenizer.decode(ids) == "<|begin_of_text|>[INST] Now 3 [/INST]"
+def test_one_eos_between_turns(tmp_path):
+    chat = chat_of("llama3", tmp_path, SPACED.replace("END", ""))
+    for end in ("", " ", "\\n", " \\n"):
+        chat.tokenizer.chat_template = SPACED.replace("END", end)
+        text = chat.tokenizer.decode(chat.user_turn_ids("Now 3"))
+        assert text == "<|begin_of_text|>[INST] Now 3 [/INST]"
 
 
 def test_tokens_of_a_later_turn_are_those_of_the_whole(tmp_path):
@@ -352,7 +340,8 @@ def test_tokens_of_a_later_turn_are_those_of_the_whole(tmp_path):
     tokenizer.train_from_iterator(["<|user|>\nNow 3 Hi 1 2 x\n<|assistant|>\n [INST]"] * 9, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = (
-        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     turns = [("user", "Hi 1"), ("assistant", "2"), ("user", "Now 3")]
@@ -361,9 +350,8 @@ def test_tokens_of_a_later_turn_are_those_of_the_whole(tmp_path):
         add_generation_prompt=True, tokenize=True, return_dict=False,
     )  # fmt: skip
     ids = Chat(fast, [fast.eos_token_id]).user_turn_ids("Now 3")
-    assert (
-        whole[-len(ids) - 1 :] == [fast.eos_token_id, *ids] and whole.count(fast.eos_token_id) == 3
-    )
+    assert whole[-len(ids) - 1 :] == [fast.eos_token_id, *ids]
+    assert whole.count(fast.eos_token_id) == 3
 
 
 @pytest.mark.parametrize("blank", ["", "\\n"])
@@ -387,37 +375,36 @@ def test_a_turn_ends_with_the_token_of_the_template(tmp_path, special, blank):
 
 
 TAGS = [
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("tags", TAGS, ids=lambda tags: tags[0])
-@pytest.mark.parametrize("in_prompt", [True, False])
 @pytest.mark.parametrize("kind", ["special", "added", "text"])
-def test_a_thought_is_not_judged(tokenizer_of_chatml, tags, in_prompt, kind):
+def test_a_thought_is_not_judged(tokenizer_of_chatml, tags, kind):
     """Whether its opening tag stands in the prompt or in the answer, whatever it is called, and
     whether or not decoding would leave the tags out; least of all a thought that does not end."""
-    tokenizer = tokenizer_of_chatml
+    tokenizer, (opens, ends) = tokenizer_of_chatml, tags
     if kind != "text":
         tokenizer.add_tokens(list(tags), special_tokens=kind == "special")
-    opening = f"assistant\\n{tags[0]}\\n" if in_prompt else "assistant\\n"
-    tokenizer.chat_template = CHATML.replace("assistant\n", opening)
-    chat = Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
-    begun = "" if in_prompt else tags[0]
     problem, task = Problem("?", "9", []), MathTask([], [], {})
-
-    def grade(text: str) -> float:
-        return task.grade(problem, [chat.decode(tokenizer(text + "<|im_end|>")["input_ids"])])
-
-    assert grade(f"{begun} Is it 9? The answer is 9.") == 0
-    assert grade(f"{begun} The answer is 7.{tags[1]} The answer is 9.") == 1
-    assert grade(f"{begun} The answer is 9.{tags[1]} The answer is 7.") == 0
-    assert (
-        chat.decode(tokenizer(f"{begun}7{tags[1]}9")["input_ids"]).replace("\n", "")
-        == "<think>7</think>9"
-    )
+    for in_prompt in (True, False):
+        opening = f"assistant\\n{opens}\\n" if in_prompt else "assistant\\n"
+        tokenizer.chat_template = CHATML.replace("assistant\n", opening)
+        chat = Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+        begun = "" if in_prompt else opens
+        for text, grade in (
+            (f"{begun} Is it 9? The answer is 9.", 0),
+            (f"{begun} The answer is 7.{ends} The answer is 9.", 1),
+            (f"{begun} The answer is 9.{ends} The answer is 7.", 0),
+        ):
+            said = chat.decode(tokenizer(text + "<|im_end|>")["input_ids"])
+            assert task.grade(problem, [said]) == grade
+        said = chat.decode(tokenizer(f"{begun}7{ends}9")["input_ids"])
+        assert said.replace("\n", "") == "<think>7</think>9"
 
 
 @pytest.fixture
@@ -438,7 +425,10 @@ def test_a_template_that_swallows_a_message_is_refused(tmp_path, template, role)
         chat_of("smollm2", tmp_path, template, system="Be brief.").prompt_ids("How many?")
 
 
-@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ none + 'a' }}", "{% for i in range(10**9) %}{% endfor %}", "{% if %}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    ["{{ 1 / 0 }}", "{{ none + 'a' }}", "{% for i in range(10**9) %}{% endfor %}", "{% if %}"],
+)
 def test_a_template_that_fails_is_refused(tmp_path, fault):
     with pytest.raises(SystemExit, match="the chat template of .* refuses"):
         chat_of("smollm2", tmp_path, fault)
@@ -483,8 +473,10 @@ def test_a_conversation_of_the_data_is_asked_whole(folders):
     for system, first in ((None, "Be kind."), ("Be brief.", "Be brief.")):
         _, chat = load_policy(str(folders["smollm2"]), CPU, system=system)
         whole = chat.tokenizer.apply_chat_template(
-            [{"role": "system", "content": first}, *messages[1:]], add_generation_prompt=True, tokenize=False
-        )  # fmt: skip
+            [{"role": "system", "content": first}, *messages[1:]],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
         assert chat.tokenizer.decode(chat.conversation_ids(messages)) == whole
 
 
@@ -517,35 +509,45 @@ def larger_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def damaged(contents: bytes | None, name: str = "model.safetensors"):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        if contents is not None:
+            (folder / name).write_bytes(contents)
+
+    return change
+
+
+LACKS = "its files lack 1 weights of .*layers.1.mlp.up_proj.weight.* would be random"
+LARGER = "its tokenizer has 281 tokens, its embedding 279 rows; model.resize"
 DAMAGES = {
-    "lacks": (lacks_weights, "its files lack 1 weights of .*layers.1.mlp.up_proj.weight.* would be random"),
+    "lacks": (lacks_weights, LACKS),
     "more layers": (configure(num_hidden_layers=3), "its files lack 9 weights of .*, ..."),
     "cut": (cut, "could not be loaded"),
-    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
-    "garbage": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 999), "could not be loaded"),
-    "none": (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
+    "empty": (damaged(b""), "could not be loaded"),
+    "garbage": (damaged(b"x" * 999), "could not be loaded"),
+    "none": (damaged(None), "could not be loaded"),
     "pad beyond": (configure(pad_token_id=9999), "could not be loaded .*[Pp]adding_idx"),
     "wrong types": (configure(hidden_size="many"), "could not be loaded"),
-    "larger tokenizer": (larger_tokenizer, "its tokenizer has 281 tokens, its embedding 279 rows; model.resize"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "could not be loaded"),
-}  # fmt: skip
+    "larger tokenizer": (larger_tokenizer, LARGER),
+    "no tokenizer": (damaged(None, "tokenizer.json"), "could not be loaded"),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["--model", "--reward-model"])
 def test_damaged_files_are_refused_in_one_sentence(tmp_path, kind, damage):
-    family = FAMILIES["llama3"]
-    folder = build(family, tmp_path)
+    folder, (change, message) = build(FAMILIES["llama3"], tmp_path), DAMAGES[damage]
     if kind == "--reward-model":
         config = LlamaConfig.from_pretrained(folder, num_labels=1)
         LlamaForSequenceClassification(config).save_pretrained(folder)
         load_reward_model(str(folder), CPU, 4)
-    change, message = DAMAGES[damage]
     change(folder)
     with pytest.raises(SystemExit, match=f"{kind} {folder}: {message}") as error:
-        load_policy(str(folder), CPU) if kind == "--model" else load_reward_model(
-            str(folder), CPU, 4
-        )
+        if kind == "--model":
+            load_policy(str(folder), CPU)
+        else:
+            load_reward_model(str(folder), CPU, 4)
     assert "\n" not in str(error.value)
 
 
@@ -572,7 +574,8 @@ def test_no_more_tokens_than_the_model_has_positions_for(tmp_path, folders):
         check_context(chat, problems, 197)
     generate(policy, chat, [[5] * 250], 10, 0.0)  # rotary positions go on
     folder = build(FAMILIES["pythia"], tmp_path)
-    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=0)).save_pretrained(folder)  # fmt: skip
+    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0)).save_pretrained(folder)
     policy, chat = load_policy(str(folder), CPU)
     assert chat.context == 64
     chat.eos_ids = [299]

@@ -34,9 +34,8 @@ def plainly(policy, chat, prompts, max_new_tokens, temperature):
     answers = [[] for _ in prompts]
     going = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        logits = torch.stack([
-            policy(input_ids=torch.tensor([[*p, *a]])).logits[0, -1] for p, a in zip(prompts, answers, strict=True)
-        ])  # fmt: skip
+        rows = [torch.tensor([[*p, *a]]) for p, a in zip(prompts, answers, strict=True)]
+        logits = torch.stack([policy(input_ids=row).logits[0, -1] for row in rows])
         probs = (logits / (temperature or 1.0)).softmax(-1)
         new = torch.multinomial(probs, 1)[:, 0] if temperature else logits.argmax(-1)
         for i, token in enumerate(new.tolist()):
@@ -72,9 +71,7 @@ def test_same_tokens_as_a_plain_loop(
     assert [answer.tokens for answer in found] == expected
     assert torch.equal(torch.get_rng_state(), state)  # so is what is drawn next
     if temperature:
-        assert {len(a) for a in expected} > {1, 15} or len(
-            {len(a) for a in expected}
-        ) > 3  # rows do end apart
+        assert len({len(a) for a in expected}) > 3  # rows do end apart
 
 
 @pytest.mark.parametrize("compact_at", [0.0, 0.8])
@@ -122,9 +119,8 @@ def test_an_impossible_token_is_never_drawn():
     logits = torch.tensor([[0.0, -1e30, 0.0, -1e30]]).repeat(500, 1)
     tokens, logprobs, entropy = choose(head, logits, torch.arange(500), 500, 1.0)
     assert set(tokens.tolist()) == {0, 2}
-    assert torch.allclose(logprobs, torch.tensor(0.5).log()) and torch.allclose(
-        entropy, torch.tensor(2.0).log()
-    )
+    assert torch.allclose(logprobs, torch.tensor(0.5).log())
+    assert torch.allclose(entropy, torch.tensor(2.0).log())
 
 
 def test_every_row_ends_at_once(policy_and_chat):
@@ -138,9 +134,10 @@ def test_a_model_whose_cache_is_not_of_attention_alone(tmp_path, tokenizer):
     still those of `generate`."""
     torch.manual_seed(0)
     config = Lfm2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"], initializer_range=0.3, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        initializer_range=0.3, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     Lfm2ForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -158,9 +155,8 @@ def test_a_model_whose_cache_is_not_of_attention_alone(tmp_path, tokenizer):
         max_new_tokens=10, do_sample=True, top_k=0, top_p=1.0, eos_token_id=chat.eos_ids,
     )[:, width:].tolist()  # fmt: skip
     assert len({len(a.tokens) for a in found}) > 2
-    assert [a.tokens for a in found] == [
-        row[: len(a.tokens)] for a, row in zip(found, expected, strict=True)
-    ]
+    for answer, row in zip(found, expected, strict=True):
+        assert answer.tokens == row[: len(answer.tokens)]
 
 
 def test_a_model_that_has_no_such_cache_is_refused(tmp_path, tokenizer):
@@ -168,12 +164,12 @@ def test_a_model_that_has_no_such_cache_is_refused(tmp_path, tokenizer):
     before."""
     torch.manual_seed(0)
     config = MambaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, initializer_range=0.3,
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
     )  # fmt: skip
     MambaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        SystemExit, match="MambaForCausalLM does not decode through transformers' DynamicCache"
-    ):
+    refusal = "MambaForCausalLM does not decode through transformers' DynamicCache"
+    with pytest.raises(SystemExit, match=refusal):
         load_policy(str(tmp_path), CPU)

@@ -1,9 +1,8 @@
-"""What a run hands on: its flags to another run (--config), its policy with a model card and in the
-dtype that it came in, its metrics to a tracker."""
+"""What a run hands on: its policy with a model card, whose command makes it again, and in the dtype
+that it came in; its metrics to a tracker."""
 
 import dataclasses
 import importlib
-import json
 import shlex
 import sys
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from utils.args import parse_args
 from utils.card import command, model_card
 from utils.models import load_policy, save_policy, trainable
 from utils.run import start_tracker
+from utils.scale.processes import by_first
 
 
 @pytest.fixture
@@ -33,29 +33,17 @@ def parse(monkeypatch):
     return parsed
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """saved(script, **flags): an args.json as a run of the script writes it."""
-
-    def write(script: str, **flags):
-        (tmp_path / "args.json").write_text(json.dumps({"script": script, **flags}))
-        return tmp_path / "args.json"
-
-    return write
+# ---- cards ----
 
 
-# ---- flags ----
-
-
-def test_a_run_and_its_card_give_the_flags_of_another(run_main, parse, small_flags):
-    """By args.json, by its folder and by the card's command the flags are those of the run; name and
-    place are the new run's own."""
-    flags = {"beta": 0.01, "noise": "group", "thinking": True, "prompt_template": "it's {question}"}
-    folder = run_main("vrpo_math", run_name="first", **flags)
-    wanted = vars(importlib.import_module("vrpo_math").Args(**small_flags, **flags))
-    for file in (folder, folder / "args.json"):
-        found = vars(parse("vrpo_math", "--config", file, "--seed", 7))
-        assert found == wanted | {"config": file, "seed": 7}
+def test_the_card_of_a_run_has_its_flags_and_results(run_main, parse, small_flags):
+    flags = {
+        "beta": 0.01,
+        "noise": "group",
+        "thinking": True,
+        "prompt_template": "-it's {question}",
+    }
+    folder = run_main("vrpo_math", **flags)
     card = ModelCard.load(folder / "checkpoints" / "000002" / "policy" / "README.md")
     assert card.data.to_dict() == {
         "library_name": "transformers",
@@ -63,55 +51,34 @@ def test_a_run_and_its_card_give_the_flags_of_another(run_main, parse, small_fla
         "tags": ["reinforcement-learning", "vrpo_math"],
     }  # the base model is a local folder, which the hub would refuse as an id
     _, script, *words = shlex.split(card.text.split("```")[1])
+    wanted = vars(importlib.import_module("vrpo_math").Args(**small_flags, **flags))
     assert script == "vrpo_math.py" and vars(parse("vrpo_math", *words)) == wanted
-    assert (
-        f"| noise | group, --noise-rate 0.2 |\n| made with | Python {sys.version.split()[0]}, "
-        in (card.text)
-    )
+    python = sys.version.split()[0]
     right = pd.read_csv(folder / "metrics.csv")["eval/accuracy"]
-    assert "| greedy, n = 4 | update | clean held-out accuracy |" in card.text
-    assert f"| before | 0 | {right[0]:.3f} |\n| after | 2 | {right[2]:.3f} |" in card.text
+    for lines in (
+        f"| noise | group, --noise-rate 0.2 |\n| made with | Python {python}, ",
+        "| greedy, n = 4 | update | clean held-out accuracy |",
+        f"| before | 0 | {right[0]:.3f} |\n| after | 2 | {right[2]:.3f} |",
+    ):
+        assert lines in card.text
 
 
-def test_a_config_of_another_script(saved, parse, capfd):
-    file = saved("vrpo_math", beta=0.5, learning_rate=3e-4, task="science", run_name="x", updates=7)
-    found = parse("grpo_baseline", "--config", file, "--updates", 9)
-    assert (found.learning_rate, found.task, found.updates, found.run_name) == (
-        3e-4, "science", 9, None,
-    )  # fmt: skip
-    said = f"--config {file}: left out, as grpo_baseline has no such flags: beta\n"
-    assert capfd.readouterr().err == said
-
-
-def test_a_task_given_beside_a_config_brings_its_defaults(saved, parse):
-    file = saved("ppo_baseline", task="math", model="mine", dataset="data", max_turns=1, seed=5)
-    found = parse("ppo_baseline", "--config", file, "--task", "dialogue")
-    assert (found.model, found.max_turns, found.seed) == ("assets/tiny_dialogue", 12, 5)
-    assert parse("ppo_baseline", "--config", file, "--task", "math").model == "mine"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (None, "no readable args.json"),
-        ("[1]", "no readable args.json"),
-        ('{"updates": 2}', "no readable args.json"),  # utils.evaluate writes one without a script
-        ('{"script": "vrpo_math", "upda', "no readable args.json"),
-        ('{"script": "vrpo_math", "elf": 1}', "flags that are no more: elf"),
-        ('{"script": "vrpo_math", "updates": "2"}', "updates '2', where one fits of: int"),
-        ('{"script": "ppo_baseline", "track": true}', "where one fits of: none, wandb, trackio"),
-    ],
-)
-def test_a_foreign_config_is_refused(text, words, tmp_path, parse):
-    if text is not None:
-        (tmp_path / "args.json").write_text(text)
-    with pytest.raises(SystemExit, match=f"^error: --config {tmp_path}/args.json: .*{words}"):
-        parse("vrpo_math", "--config", tmp_path / "args.json")
-
-
-def test_a_config_is_for_a_new_run(parse, tmp_path):
-    with pytest.raises(SystemExit, match="^error: --config x: is for a new run"):
-        parse("vrpo_math", "--config", "x", "--resume", tmp_path)
+def test_cards_of_other_runs(parse):
+    """Hub ids, LoRA and a reward model are named, a policy without evaluations says so; dialogue's
+    own defaults are no differing flags."""
+    words = ("--task", "dialogue", "--model", "a/b", "--lora-rank", "4")
+    args = parse("grpo_baseline", *words)
+    assert command(args, "grpo_baseline.py") == " ".join(("python grpo_baseline.py", *words))
+    card = ModelCard(model_card(args, "run", 3, [{"update": "3", "charts/episodes": "96"}], 5))
+    assert card.data.base_model == "a/b" and "It has not been evaluated." in card.text
+    reward = "| reward | assets/tiny_reward |"
+    for line in ("# run", "`a/b` after 3 updates", reward, "| noise | none |", ", peft "):
+        assert line in card.text
+    rows = [{"update": "0", "eval/average": "0.25"}, {"update": 4, "eval/average": 0.5}]
+    mine = dataclasses.replace(args, reward_fn="rewards:short", reward_model=None)
+    text = model_card(mine, "run", 4, rows, 5)
+    assert "| before | 0 | 0.250 |\n| after | 4 | 0.500 |" in text
+    assert "| reward | rewards:short |" in text
 
 
 # ---- policies ----
@@ -127,16 +94,14 @@ def rounded(tiny_model, tmp_path_factory):
 
 
 def test_a_policy_is_saved_in_the_dtype_of_its_source(rounded, run_main):
-    """And what is trained, in float32, is what --resume goes on from: also where the policy has
-    not been trained yet."""
-    flags = {"model": str(rounded), "critic_warmup": 1, "learning_rate": 1e-3}
-    whole = run_main("ppo_baseline", run_name="whole", updates=3, **flags)
-    for update in (1, 2):
-        half = run_main("ppo_baseline", run_name=f"half-{update}", updates=update, **flags)
-        run_main("ppo_baseline", resume=half, updates=3, **flags)
-        assert read_metrics(half) == read_metrics(whole)
-        assert read_samples(half) == read_samples(whole)
-    folder = whole / "checkpoints" / "000003"
+    """And what is trained, in float32, is what --resume goes on from."""
+    flags = {"model": str(rounded), "learning_rate": 1e-3}
+    whole = run_main("ppo_baseline", run_name="whole", **flags)
+    half = run_main("ppo_baseline", run_name="half", updates=1, **flags)
+    run_main("ppo_baseline", resume=half, **flags)
+    assert read_metrics(half) == read_metrics(whole)
+    assert read_samples(half) == read_samples(whole)
+    folder = whole / "checkpoints" / "000002"
     trained = torch.load(folder / "state.pt", weights_only=True)["policy"]
     files = load_file(folder / "policy" / "model.safetensors")
     assert files.keys() == load_file(rounded / "model.safetensors").keys()  # tied: once
@@ -165,30 +130,6 @@ def test_merged_adapters_in_the_dtype_of_the_source(rounded, tiny_model, tmp_pat
         assert plain.dtype == wanted and policy.get_base_model().dtype == dtype
 
 
-def test_cards(parse):
-    """Hub ids, LoRA and a reward model are named, a policy without evaluations says so; dialogue's
-    own defaults are no differing flags."""
-    words = ("--task", "dialogue", "--model", "a/b", "--lora-rank", 4)
-    args = parse("grpo_baseline", *words)
-    assert command(args, "grpo_baseline.py") == " ".join(
-        map(str, ("python grpo_baseline.py", *words))
-    )
-    card = ModelCard(model_card(args, "run", 3, [{"update": "3", "charts/episodes": "96"}], 5))
-    assert card.data.base_model == "a/b" and "It has not been evaluated." in card.text
-    for line in (
-        "# run",
-        "`a/b` after 3 updates",
-        "| reward | assets/tiny_reward |",
-        "| noise | none |",
-    ):
-        assert line in card.text
-    assert ", peft " in card.text
-    rows = [{"update": "0", "eval/average": "0.25"}, {"update": 4, "eval/average": 0.5}]
-    assert "| before | 0 | 0.250 |\n| after | 4 | 0.500 |" in model_card(args, "run", 4, rows, 5)
-    mine = dataclasses.replace(args, reward_fn="rewards:short", reward_model=None)
-    assert "| reward | rewards:short |" in model_card(mine, "run", 4, rows, 5)
-
-
 # ---- trackers ----
 
 
@@ -203,9 +144,9 @@ def test_a_tracker_is_told_every_row(name, run_main, monkeypatch):
         return run
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
-    folder = run_main("grpo_baseline", track=name, track_project="p", run_name="tracked")
+    folder = run_main("grpo_baseline", track=name, run_name="tracked")
     names = told.pop("names")
-    assert (names["project"], names["name"], names["config"]["updates"]) == ("p", "tracked", 2)
+    assert (names["project"], names["name"], names["config"]["updates"]) == ("vrpo", "tracked", 2)
     frame = pd.read_csv(folder / "metrics.csv", index_col="update")
     assert ended == [name] and list(told) == frame.index.tolist() == [0, 1, 2]
     for update, metrics in told.items():
@@ -213,10 +154,8 @@ def test_a_tracker_is_told_every_row(name, run_main, monkeypatch):
 
 
 def test_only_the_first_process_tracks(monkeypatch):
-    monkeypatch.setattr("utils.ranks.RANK", 1)
+    monkeypatch.setattr("utils.scale.processes.RANK", 1)
     monkeypatch.setitem(sys.modules, "trackio", None)  # an import would fail
-    from utils.ranks import by_first
-
     assert by_first(start_tracker)(SimpleNamespace(track="trackio"), ROOT, {}) is None
 
 

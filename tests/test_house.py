@@ -1,21 +1,41 @@
-"""The shape of the project: which room imports which, and the commands' short names."""
+"""The shape of the project: which room imports which, how deep, what an import costs, and the
+commands' short names."""
 
 import ast
+import json
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-ROOMS = ("world", "report")
+# what a room may import when its modules are imported; report/ has the programs of both worlds
+BELOW = {
+    "engine": {"engine", "scale"},
+    "scale": {"engine", "scale"},
+    "world": {"engine", "scale", "world"},
+    "dialogue": {"engine", "scale", "world", "dialogue"},
+    "report": {"engine", "scale", "world", "dialogue", "report"},
+    "script": {"engine", "scale", "world", "report"},
+    "assets": {"engine", "scale", "world", "dialogue", "report", "assets"},
+}
+ROOMS = ("world", "dialogue", "scale", "report")
+LONGEST = 6  # modules in a chain of imports
+SHORT = ("plot", "tokens", "diagnose", "evaluate", "talk", "reward_model", "recipe")
 
 
-def imported(file: Path) -> set[str]:
-    """Full names of the modules that a file imports, wherever in it."""
+def imported(file: Path, anywhere: bool = True) -> set[str]:
+    """Full names of the modules that a file imports: wherever in it, or when it is imported."""
+    tree = ast.parse(file.read_text())
+    inside = set()
+    for node in ast.walk(tree) if not anywhere else ():
+        if isinstance(node, ast.FunctionDef):
+            inside |= set(ast.walk(node))
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in set(ast.walk(tree)) - inside:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -23,20 +43,30 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(name: str) -> str:
+    """Of a module of ours: script, a room, engine (utils/ itself), assets, ...; "" of any other."""
+    parts = name.split(".")
+    if parts[0] == "utils":
+        return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "engine"
+    if parts[0] in ("assets", "benchmark", "tests", "docs"):
+        return parts[0]
+    return "script" if (ROOT / f"{parts[0]}.py").exists() else ""
+
+
 def test_every_module_is_imported_by_its_full_name():
     """`utils.plot` is a command; imported, it would be a second copy of utils.report.plot."""
-    short = {
-        f"utils.{file.stem}" for room in ROOMS for file in (ROOT / "utils" / room).glob("*.py")
-    }
-    short -= {"utils.__init__"}
+    files = [*(ROOT / "utils" / "report").glob("*.py"), *(ROOT / "utils" / "dialogue").glob("*.py")]
+    short = {f"utils.{file.stem}" for file in files} - {"utils.__init__"}
     for file in ROOT.glob("*/**/*.py"):
         if ".venv" not in file.parts:
             assert not imported(file) & short, file
 
 
-@pytest.mark.parametrize(
-    "name", ["plot", "tokens", "diagnose", "evaluate", "dialogue", "reward_model"]
-)
+@pytest.mark.parametrize("name", SHORT)
 def test_short_names_of_the_commands(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", "--help"])
     with pytest.raises(SystemExit) as caught:
@@ -46,35 +76,59 @@ def test_short_names_of_the_commands(name, monkeypatch, capsys):
     assert f"\n    python -m utils.{name}" in said  # examples, each on a line of its own
 
 
-def room_of(name: str) -> str:
-    """Of a module of ours: script, world, report, engine or assets; "" of any other."""
-    parts = name.split(".")
-    if parts[0] == "utils":
-        return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "engine"
-    if parts[0] in ("assets", "benchmark", "tests", "docs"):
-        return parts[0]
-    return "script" if (ROOT / f"{parts[0]}.py").exists() else ""
-
-
 def test_no_import_runs_upwards():
-    """Engine < world < report < scripts: a room imports itself and what lies below it."""
-    below = {"engine": {"engine"}, "world": {"engine", "world"}}
-    below["report"] = {"engine", "world", "report"}
-    below["script"] = below["report"]  # and no script imports another
-    below["assets"] = below["report"] | {"assets"}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("assets/make/*.py")]
+    """A room imports itself and what lies below it. The engine and scale/ know no task wherever
+    they import; no script imports another; no maths imports dialogue/ before a flag asks for it."""
+    scripts = [file for file in ROOT.glob("*.py") if file.stem in json.loads(SCRIPTS)]
+    files = [*scripts, *ROOT.glob("utils/**/*.py"), *ROOT.glob("assets/make/*.py")]
     for file in files:
-        own = room_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
-        rooms = {room_of(name) for name in imported(file)} - {""}
-        assert rooms <= below[own], f"{file.name} of {own} imports from {rooms - below[own]}"
+        own = room_of(name_of(file))
+        rooms = {room_of(x) for x in imported(file, own in ("engine", "scale", "script"))} - {""}
+        assert rooms <= BELOW[own], f"{name_of(file)} imports from {rooms - BELOW[own]}"
+        if own == "report" and file.stem != "evaluate":
+            assert "dialogue" not in rooms, file
 
 
-def test_no_circle_of_imports():
-    graph = {}
-    for file in ROOT.glob("utils/**/*.py"):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        graph[name] = {n for n in imported(file) if (ROOT / f"{n.replace('.', '/')}.py").exists()}
-    while graph:
-        free = {name for name, needed in graph.items() if not needed & graph.keys()}
-        assert free, f"a circle among {sorted(graph)}"
-        graph = {name: needed for name, needed in graph.items() if name not in free}
+def test_chains_of_imports_are_short_and_no_circles():
+    modules = {name_of(file): file for file in ROOT.glob("utils/**/*.py")}
+    needed = {name: imported(file, False) & modules.keys() for name, file in modules.items()}
+
+    @cache
+    def chain(name: str) -> list[str]:  # a circle would never end
+        return [name, *max(map(chain, needed[name]), key=len, default=[])]
+
+    longest = max(map(chain, modules), key=len)
+    print(" > ".join(longest))
+    assert len(longest) <= LONGEST
+
+
+SCRIPTS = json.dumps([
+    "ppo_baseline", "grpo_baseline", "vrpo_math", "vrpo_dialogue", "dvpo_math",
+    "robust_ppo_baseline", "vine_ppo_baseline",
+])  # fmt: skip
+HEAVY = (
+    "utils.dialogue", "utils.world.votes", "utils.report.tokens", "utils.scale.engine", "datasets",
+    "pyarrow", "peft", "wandb", "trackio", "matplotlib", "pandas", "scipy", "sklearn",
+    "transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo",
+)  # fmt: skip
+CODE = f"""
+import contextlib, importlib, io, json, runpy, signal, sys
+scripts, out = {SCRIPTS}, io.StringIO()
+fields = {{name: list(importlib.import_module(name).Args.__dataclass_fields__) for name in scripts}}
+ours = signal.getsignal(2) is not signal.default_int_handler, sys.excepthook is not sys.__excepthook__
+sys.argv = ["vrpo_math.py", "--help"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
+    runpy.run_path("vrpo_math.py", run_name="__main__")
+print(json.dumps([list(sys.modules), ours, fields["vrpo_math"], out.getvalue()]))
+"""
+
+
+def test_an_import_and_help_cost_and_change_little(shell, monkeypatch):
+    """To import all scripts, and to show the flags of one, loads nothing that only some runs need,
+    not even models. Whoever imports, a notebook or a test, keeps Ctrl-C and tracebacks."""
+    done = shell([sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r})\n{CODE}"])
+    assert done.returncode == 0, done.stderr
+    loaded, ours, fields, said = json.loads(done.stdout)
+    assert not {x for x in loaded for heavy in HEAVY if x == heavy or x.startswith(f"{heavy}.")}
+    assert ours == [False, False]
+    assert len(fields) > 50 and all(f"--{name.replace('_', '-')}" in said for name in fields)

@@ -22,7 +22,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag not in ("meta", "!doctype"):
+        if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag == "pre":
             self.side = self.sides[attrs["class"]]
@@ -84,6 +84,16 @@ def test_page_shows_both_files(page):
     assert {link for link in shown.links if not link.startswith("#")} == others
 
 
+def test_the_method_comes_first():
+    """The flags come last; VRPO's page begins with its critic, as a picture and as lines."""
+    for page in PAGES:
+        assert "MethodArgs" in page["note"][-1]["units"]
+    text = build.markdown(PAGES[0])
+    assert re.match(r"# .*\n\n!\[.+\]\(pictures/critic\.svg\)\n", text)
+    shown = list(dict.fromkeys(re.findall(r"^@@ (\w+).* @@$", text, flags=re.M)))
+    assert shown[:4] == ["Critic", "gaussian_kl", "semantic_losses", "critic_loss"]
+
+
 SCRIPT = '''"""What it is."""
 
 import os
@@ -125,6 +135,9 @@ def main(args):
         # --- 7.3 update: micro-batches ---
         learn()
 
+        # --- 7.4 log (a page), evaluate ---
+        log()
+
 
 if __name__ == "__main__":
     main(Args())
@@ -136,7 +149,7 @@ def test_units_are_the_file():
     found = build.units(lines)
     assert list(found) == [
         "docstring", "imports", "1. Args", "Args", "Critic", "Critic.values", "loss", "LIMIT",
-        "main", "main: models", "main: start of an update", "main: rollout", "main: update",
+        "main", "main: models", "main: start of an update", "main: rollout", "main: update", "main: log",
         "if __name__",
     ]  # fmt: skip
     assert (

@@ -17,7 +17,9 @@ import pytest
 
 from benchmark import experiments, jobs, report
 from benchmark import run as bench
+from benchmark.jobs import module_of
 from utils.args import DEFAULTS, check_flags
+from utils.recipe import derive
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
@@ -25,33 +27,21 @@ def test_every_run_of_an_experiment_has_valid_flags(name):
     jobs = bench.jobs_of(name)
     assert len({job.key for job in jobs}) == len(jobs)
     assert len({job.folder for job in jobs}) == len({job.digest for job in jobs})
-    for job in jobs[: len(jobs) // len(experiments.EXPERIMENTS[name].seeds)]:
-        module = importlib.import_module(job.script)
-        check_flags(module.Args(**{**DEFAULTS[job.flags.get("task", "math")], **job.flags}))
+    args = []
+    for job in jobs:
+        flags = DEFAULTS[job.flags.get("task", "math")] | job.flags
+        args.append(module_of(job.script, job.recipes).Args(**flags))
+    e = experiments.EXPERIMENTS[name]
+    for some in args[: len(jobs) // len(e.seeds)]:
+        check_flags(some)
     if name == "failures":
         return
     # runs that are compared share everything but what the experiment varies
-    e = experiments.EXPERIMENTS[name]
     varied = [m.flags for m in e.methods.values()] + list(e.arms.values()) + list(e.extra.values())
-    args = [
-        vars(
-            importlib.import_module(job.script).Args(
-                **{**DEFAULTS[job.flags.get("task", "math")], **job.flags}
-            )
-        )
-        for job in jobs
-    ]
-    shared = (
-        set.intersection(*map(set, args)) - {"seed"} - {word for flags in varied for word in flags}
-    )
-    assert {
-        "updates",
-        "prompts_per_update",
-        "epochs",
-        "train_split",
-        "eval_size",
-        "samples_per_prompt",
-    } <= shared
+    args = [vars(some) for some in args]
+    shared = set.intersection(*map(set, args)) - {"seed"} - set().union(*varied)
+    sizes = {"updates", "prompts_per_update", "samples_per_prompt", "epochs", "eval_size"}
+    assert sizes | {"train_split"} <= shared
     assert all(a[word] == args[0][word] for a in args for word in shared)
     channels = {}
     for job, a in zip(jobs, args, strict=True):
@@ -159,14 +149,25 @@ def test_a_stopped_experiment_goes_on_and_shares_runs(tiny, monkeypatch, run_mai
     )
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path):
-    arms = {"a": {}, "b": {"dataset": "nowhere"}}
-    monkeypatch.setitem(
-        bench.EXPERIMENTS, "one", dataclasses.replace(bench.EXPERIMENTS["one"], arms=arms)
-    )
+def test_a_run_that_fails_is_named_and_the_others_are_made(tiny, monkeypatch, tmp_path, capsys):
+    """Here with a recipe: the script's run, but for a script that lies in its folder."""
+    changes = {"arms": {"a": {}, "b": {"dataset": "nowhere"}}}
+    changes["methods"] = {"PPO": experiments.Method("ppo_baseline", {}, ("critic_warmup",))}
+    changed = dataclasses.replace(bench.EXPERIMENTS["one"], **changes)
+    monkeypatch.setitem(bench.EXPERIMENTS, "one", changed)
     with pytest.raises(SystemExit, match=r"one: ppo-b-1: error: --dataset nowhere.*\.log"):
         bench.main(bench.Args(("one",)))
     assert {row["arm"] for row in read(tmp_path / "results" / "one.csv")} == {"a"}
+    folder = bench.jobs_of("one")[0].folder
+    flags = json.loads((folder / "args.json").read_text())
+    assert flags["script"] == "ppo_baseline" and flags["critic_warmup"] == 5
+    text = (folder / "ppo_baseline.py").read_text()
+    assert text == derive("ppo_baseline.py", ["critic_warmup"])
+    assert (pd.read_csv(folder / "metrics.csv")["losses/grad_norm_policy"].dropna() == 0).all()
+    bench.main(bench.Args(("one",), commands=True))
+    own, said = "ppo_baseline_critic_warmup.py", capsys.readouterr().out.splitlines()
+    assert said[0] == f"python -m utils.recipe critic_warmup --on ppo_baseline.py -o {own}"
+    assert [line.split(" --")[0] for line in said[1:]] == [f"python {own}"] * 2
 
 
 def test_training_metrics_are_means_since_the_evaluation_before(tiny, tmp_path):
@@ -221,7 +222,7 @@ def test_a_run_that_is_left_behind_keeps_others_out(tiny):
     tiny["updates"] = 1000
     job, lock = bench.jobs_of("one")[0], jobs.claim(bench.RUNS)
     log = job.folder.with_suffix(".log")
-    call = bench.execute, job.command, job.folder, job.commits
+    call = bench.execute, job.command, job.recipes, job.folder, job.commits
     process = jobs.FORKS.Process(target=jobs.work, args=(bench.RUNS, log, *call))
     signal.pthread_sigmask(signal.SIG_BLOCK, jobs.LEAVE)
     process.start()
@@ -324,11 +325,23 @@ def test_model_and_data_are_known_by_name(capsys):
 def test_every_default_is_recorded():
     for name in experiments.EXPERIMENTS:
         for job in bench.jobs_of(name, (1,)):
-            flags = jobs.all_flags(job.script, job.flags)
-            known = jobs.recorded()[f"{job.script} {flags['task']}"]
-            assert flags.keys() <= known.keys(), "python benchmark/run.py --list records new flags"
+            task = jobs.all_flags(job.script, job.flags, job.recipes)["task"]
+            flags, known = jobs.all_flags(job.script, {"task": task}), jobs.recorded()
+            assert flags.keys() <= known[f"{job.script} {task}"].keys(), "run.py --list records it"
 
 
+def test_a_recipe_makes_another_run_but_as_the_flag_that_it_was(monkeypatch):
+    plain = jobs.digest("vrpo_math", ())
+    assert jobs.digest("vrpo_math", (("bottleneck_layers", 1),), recipes=LAYERS) == plain
+    assert jobs.digest("vrpo_math", (("bottleneck_layers", 2),), recipes=LAYERS) != plain
+    assert jobs.digest("vrpo_math", (), recipes=("critic_reads",)) != plain
+    monkeypatch.setattr(jobs, "WERE_FLAGS", {})
+    jobs.digest.cache_clear()
+    assert jobs.digest("vrpo_math", (), recipes=LAYERS) != plain == jobs.digest("vrpo_math", ())
+    jobs.digest.cache_clear()
+
+
+LAYERS = ("bottleneck_layers",)
 FEWER_SEEDS = ("critic_worth", "critic_lambda_and_error")  # in the rows that carry no claim
 
 
@@ -534,8 +547,8 @@ def test_what_a_method_is_compared_with_is_there_and_is_the_default():
             assert method in e.methods and other in e.methods and method != other, name
     for name in ("bottleneck_depth", "beta_sweep", "token_ratio", "semantic_head"):
         e = experiments.EXPERIMENTS[name]
-        default = importlib.import_module("vrpo_math").Args()
         first = next(iter(e.methods.values()))
+        default = module_of("vrpo_math", first.recipes).Args()
         assert all(getattr(default, key) == value for key, value in first.flags.items()), name
 
 

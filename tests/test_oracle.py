@@ -18,26 +18,27 @@ def test_what_it_says_of_a_beginning():
 
 
 def test_values_stand_before_the_tokens_that_the_policy_chose(monkeypatch):
-    """On the told scale: at 30 % flips 0.3 + 0.4 V."""
+    """On the scale of what is observed: at 30 % flips 0.3 + 0.4 V."""
     monkeypatch.setattr(oracle, "solutions", lambda dataset: {"q": "ab"})
     chat = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     problem = SimpleNamespace(key="q")
     episode = SimpleNamespace(
-        problem=problem, tokens=[0, *map(ord, "axb")], chosen=[False, True, True, True]
+        problem=problem, tokens=list(map(ord, "axub")), chosen=[True, True, False, True]
     )
     args = oracle.Args(noise="symmetric", noise_rate=0.3)
-    told = [0.3 + 0.4 * v for v in (0.45, 0.45 + 0.52 / 4, 0.05)]
-    assert oracle.oracle(args, episode, chat) == pytest.approx([0.0, *told])
+    first, second, third = (0.3 + 0.4 * v for v in (0.45, 0.45 + 0.52 / 4, 0.05))
+    observed = [first, second, 0.0, third]
+    assert oracle.oracle(args, episode, chat) == pytest.approx(observed)
     args.oracle_error = 0.1
     errs = oracle.oracle(args, episode, chat)
-    assert errs != pytest.approx([0.0, *told]) and errs == oracle.oracle(args, episode, chat)
+    assert errs != pytest.approx(observed) and errs == oracle.oracle(args, episode, chat)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_without_a_share_it_is_ppo(share, run_main, monkeypatch):
     """Every metric of PPO's, to the last bit; with one, other advantages from the same critic."""
     plain = pd.read_csv(run_main("ppo_baseline", updates=1) / "metrics.csv")
-    for name in ("rollout", "pack", "score_tokens", "advantages_and_targets"):
+    for name in oracle.SEAMS:
         monkeypatch.setattr(ppo, name, getattr(ppo, name))  # put back in the end
     folder = run_main("benchmark.studies.oracle", updates=1, oracle_share=share)
     mixed = pd.read_csv(folder / "metrics.csv")

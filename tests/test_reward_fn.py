@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT, bare_world
-from utils import ranks
 from utils.args import check_flags, parse_args
+from utils.dialogue.task import DialogueTask
 from utils.world.environment import Episode
 from utils.world.problems import Problem
 from utils.world.reward_fn import RewardFunction
-from utils.world.tasks import DialogueTask, ScienceTask
+from utils.world.tasks import ScienceTask
 
 REWARDS = """
 from fractions import Fraction
@@ -119,7 +119,7 @@ def played(problem: Problem, *completions: str, finished: bool = True) -> Episod
 
 def test_what_a_function_is_given_in_each_task(folder, monkeypatch):
     """Maths and science: question with its options, reference or letter. Dialogue: the first
-    message, the goal, every turn of the assistant; the user's turns are not told."""
+    message, the goal, every turn of the assistant; the user's turns are not said."""
     dialogue = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
     goal = dialogue.train[0]
     cases = [
@@ -147,8 +147,8 @@ def test_an_answer_that_was_cut_off_has_at_most_zero(folder):
 def test_the_first_process_asks_and_all_stop(folder, monkeypatch):
     env = bare_world(SimpleNamespace(truncated="grade"), None)
     env.reward_fn = RewardFunction("user_rewards:quarter")
-    sent = [[0.5], "--reward-fn x: why"]
-    monkeypatch.setattr(ranks, "from_first", lambda find: sent.pop(0))  # what another has found
+    sent = [[0.5], "--reward-fn x: why"]  # what another process has found
+    monkeypatch.setattr("utils.world.environment.from_first", lambda find: sent.pop(0))
     episodes = [played(Problem("q", "2", []), "x")]
     assert env.score(episodes, None).tolist() == [0.5] and not sys.modules["user_rewards"].asked
     with pytest.raises(SystemExit, match="why"):
@@ -156,19 +156,17 @@ def test_the_first_process_asks_and_all_stop(folder, monkeypatch):
 
 
 def test_it_is_the_reward_and_nothing_else(folder, run_main):
-    """Told is the function's number through the channel; what is clean, evaluation included, is
+    """Observed is the function's number through the channel; what is clean, evaluation included, is
     as it was. A resumed run has the flag."""
-    flags = {"truncated": "grade", "learning_rate": 0.0}
+    flags = {"truncated": "grade", "learning_rate": 0.0, "updates": 1}
     plain = pd.read_csv(run_main("grpo_baseline", noise="none", **flags) / "metrics.csv")
-    flags |= {"reward_fn": "user_rewards:quarter", "noise_rate": 1.0, "updates": 1}
-    flags |= {"false_negative_rate": 0.0, "false_positive_rate": 1.0}
-    told = {"none": 0.25, "symmetric": 0.75, "asymmetric": 0.75, "persistent": 0.75, "group": 0.75}
-    for noise, wanted in told.items():
+    flags |= {"reward_fn": "user_rewards:quarter", "noise_rate": 1.0}
+    for noise, wanted in {"none": 0.25, "symmetric": 0.75, "group": 0.75}.items():
         run = run_main("grpo_baseline", run_name=noise, noise=noise, **flags)
         frame = pd.read_csv(run / "metrics.csv")
         assert frame["reward/observed"][1] == pytest.approx(wanted)
         for key in ("reward/clean", "eval/accuracy"):
-            assert frame[key].equals(plain[key][:2])
+            assert frame[key].equals(plain[key])
     module = importlib.import_module("grpo_baseline")
     sys.argv[1:] = ["--resume", str(run), "--updates", "2"]
     args = parse_args(module.Args, None)

@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import vrpo_dialogue
 from tests.conftest import ROOT
-from utils.models import conversation_ids
-from utils.world.reward_model import (
+from utils.chat import conversation_ids
+from utils.dialogue.reward_model import (
     Args,
     RewardModel,
     accuracy,
@@ -22,7 +22,7 @@ from utils.world.reward_model import (
     on_reward_scale,
     train,
 )
-from utils.world.tasks import DialogueTask
+from utils.dialogue.task import DialogueTask
 
 CPU = torch.device("cpu")
 
@@ -46,16 +46,10 @@ def test_bradley_terry_loss_by_hand():
 
 
 def test_scores_do_not_depend_on_the_batch(model):
-    conversations = [
-        talk("Ann has 3 pens.", "3"),
-        talk("x", "y " * 40),
-        talk("a", "b", "c", "d"),
-        talk("?", "#### 7"),
-    ]
-    together = model.score(conversations)
+    talks = [talk("Ann has 3 pens.", "3"), talk("x", "y " * 40), talk("a", "b", "c", "d")]
+    together = model.score(talks)
     model.batch_size = 1
-    assert together == pytest.approx(model.score(conversations), abs=1e-5)
-    assert len(set(together)) == 4
+    assert together == pytest.approx(model.score(talks), abs=1e-5) and len(set(together)) == 3
 
 
 @pytest.mark.parametrize("declared", [None, 0, 1])
@@ -91,10 +85,7 @@ def test_training_ranks_a_toy_set_and_noise_is_counted(model):
     before = accuracy(model, pairs)
     train(model, pairs, Args(epochs=4, batch_size=16, learning_rate=3e-3))
     after = accuracy(model, pairs)
-    assert (
-        after["model_against_truth"] == 1.0 > before["model_against_truth"]
-        or before["model_against_truth"] == 1.0
-    )
+    assert after["model_against_truth"] == 1.0 > before["model_against_truth"]
     agreed = sum(a for _, _, a in pairs) / len(pairs)
     assert after["annotator_against_truth"] == after["model_against_annotator"] == agreed < 1
 
@@ -102,10 +93,8 @@ def test_training_ranks_a_toy_set_and_noise_is_counted(model):
 def test_scores_of_turns_stand_on_the_right(model):
     task = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
     problem = task.train[0]
-    episodes = [
-        SimpleNamespace(problem=problem, completions=["Which city?"]),
-        SimpleNamespace(problem=problem, completions=["Nice.", "Which city?", "Good."]),
-    ]
+    said = ["Which city?"], ["Nice.", "Which city?", "Good."]
+    episodes = [SimpleNamespace(problem=problem, completions=turns) for turns in said]
     turns, final = (model.score_episodes(task, episodes, per) for per in ("turn", "episode"))
     assert turns.shape == (2, 3) and final.shape == (2, 1)
     assert turns[0].isnan().tolist() == [True, True, False] and not turns[1].isnan().any()
@@ -122,10 +111,8 @@ def test_scores_on_the_scale_of_rewards_and_what_each_turn_adds():
     assert kept == scale and again[:, -1].tolist() == [1.0, 2.0]
     gains = vrpo_dialogue.turn_gains(scores, scores[:, -1])
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
-    assert vrpo_dialogue.place_rewards(gains, mask).tolist() == [
-        [0, 0, 0, 0, 0],
-        [0.25, 0, 0, 0.75, 0],
-    ]
+    rewards = [[0, 0, 0, 0, 0], [0.25, 0, 0, 0.75, 0]]
+    assert vrpo_dialogue.place_rewards(gains, mask).tolist() == rewards
     constant, _ = on_reward_scale(torch.full((3, 1), 2.0), None)
     assert constant.tolist() == [[0.5]] * 3
 
@@ -144,19 +131,9 @@ def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch,
     """A short training from the embedded policy: saved, loadable, its accuracy reported."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    main(
-        Args(
-            out=tmp_path / "reward",
-            goals=24,
-            held_out_goals=16,
-            max_turns=6,
-            epochs=1,
-            device="cpu",
-        )
-    )
+    out, short = tmp_path / "reward", {"max_turns": 6, "epochs": 1, "device": "cpu"}
+    main(Args(out=out, goals=24, held_out_goals=16, **short))
     text = capsys.readouterr().out
-    assert (
-        "held-out model against truth" in text and (tmp_path / "reward" / "training.json").exists()
-    )
-    loaded = load_reward_model(str(tmp_path / "reward"), CPU, 8)
+    assert "held-out model against truth" in text and (out / "training.json").exists()
+    loaded = load_reward_model(str(out), CPU, 8)
     assert len(loaded.score([talk("calls: A(b)\nHi.", "Which b?")])) == 1

@@ -1,4 +1,4 @@
-"""The science task in every script, votes on questions without labels, and the embedded world."""
+"""The science task, votes on questions without labels, and the embedded world."""
 
 import json
 import random
@@ -6,48 +6,37 @@ import random
 import pandas as pd
 import pytest
 
+import vrpo_math
 from assets.make import tiny_science as maker
-from tests.conftest import ROOT, SCRIPTS, read_samples
+from tests.conftest import ROOT, read_samples
+from utils.args import DEFAULTS, parse_args
 from utils.world.answers import LETTERS
 from utils.world.data import lay_out
 from utils.world.problems import Problem
 from utils.world.tasks import MathTask, ScienceTask
 
-EMBEDDED = {
-    "task": "science",
-    "model": str(ROOT / "assets" / "tiny_science"),
-    "dataset": str(ROOT / "assets/data/tiny_science"),
-    "max_new_tokens": 64,
-}
+DATA = ROOT / "assets" / "data" / "tiny_science"
+EMBEDDED = {"task": "science", "model": str(ROOT / "assets" / "tiny_science")}
+EMBEDDED |= {"dataset": str(DATA), "max_new_tokens": 64}
 ANIMAL = Problem("Which?", "B", [], ("gills", "lungs", "skin"))
 SHORT = Problem("What?", "melted rock", [])
 
 
 def test_grades():
     task = ScienceTask([], [], {})
-    for text, letter in (
-        ("#### B", "B"),
-        ("The answer is (C).", "C"),
-        ("lungs", "B"),
-        ("no idea", ""),
-    ):
-        assert task.final_answer(ANIMAL, text) == letter and task.grade(ANIMAL, [text]) == float(
-            letter == "B"
-        )
-        assert MathTask([], [], {}).grade(ANIMAL, [text]) == task.grade(
-            ANIMAL, [text]
-        )  # options are options in any task
-    assert (
-        task.grade(SHORT, ["granite\n#### the melted rock"]) == 1.0
-        and task.grade(SHORT, ["#### rock"]) == 0.0
-    )
+    said = {"#### B": "B", "The answer is (C).": "C", "lungs": "B", "no idea": ""}
+    for text, letter in said.items():
+        assert task.final_answer(ANIMAL, text) == letter
+        for any_task in (task, MathTask([], [], {})):  # options are options in any of them
+            assert any_task.grade(ANIMAL, [text]) == (letter == "B")
+    assert task.grade(SHORT, ["granite\n#### the melted rock"]) == 1.0
+    assert task.grade(SHORT, ["#### rock"]) == 0.0
     assert task.final_answer(SHORT, "The answer is 1,000.") == "1000"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_runs_it(run_main, name):
+def test_a_run(run_main):
     """Letters and short answers are graded in training and evaluation."""
-    folder = run_main(name, **EMBEDDED, eval_size=16, updates=1)
+    folder = run_main("ppo_baseline", **EMBEDDED, eval_size=16, updates=1)
     frame = pd.read_csv(folder / "metrics.csv")
     samples = read_samples(folder)
     assert 0 < frame["eval/accuracy"][0] < 1 and any("A) " in s["question"] for s in samples)
@@ -56,30 +45,28 @@ def test_every_script_runs_it(run_main, name):
     assert sum(right) / len(right) == pytest.approx(frame["eval/accuracy"][0])
 
 
-def test_defaults_go_with_the_task(command, shell):
-    done = shell([*command("ppo_baseline")[:2], "--task", "science", "--help"])
-    assert "assets/tiny_science" in done.stdout and "assets/data/tiny_science" in done.stdout
+def test_defaults_go_with_the_task(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["vrpo_math.py", "--task", "science", "--updates", "3"])
+    monkeypatch.setattr("utils.args.begin", lambda: None)  # handlers of signals, for good
+    args = parse_args(vrpo_math.Args, "")
+    assert vars(args) == vars(
+        vrpo_math.Args(**{**DEFAULTS["science"], "updates": 3, "task": "science"})
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_majority_votes_on_questions_with_and_without_labels(run_main, tmp_path, capsys, labelled):
     """Without labels there is no clean reward to report, with options and without, and the run
     trains all the same."""
-    source = ROOT / "assets" / "data" / "tiny_science"
-    rows = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()[:12]]
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:12]]
     if not labelled:
         rows = [{key: value for key, value in row.items() if key != "answerKey"} for row in rows]
     folder = tmp_path / "unlabelled"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "test.jsonl").write_text((source / "test.jsonl").read_text())
-    flags = {
-        **EMBEDDED,
-        "dataset": str(folder),
-        "noise": "majority-vote",
-        "vote_samples": 4,
-        "choices_column": "choices",
-    }
+    (folder / "test.jsonl").write_text((DATA / "test.jsonl").read_text())
+    flags = EMBEDDED | {"dataset": str(folder), "noise": "majority-vote", "vote_samples": 4}
+    flags["choices_column"] = "choices"
     frame = pd.read_csv(run_main("vrpo_math", **flags) / "metrics.csv")
     assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1:].notna().all()
     said = capsys.readouterr().out.replace("\n", " ")
@@ -98,57 +85,46 @@ def test_the_embedded_world_is_consistent():
         question = maker.make_question(rng)
         _, answer = question.solve(maker.no_errors)
         text = maker.write_up(question, maker.no_errors)
-        problem = Problem("q", answer, [], tuple(question.options))
         if question.options:
             assert question.options.count(answer) == 1 and len(question.options) <= 4
-            problem = Problem(
-                "q", LETTERS[question.options.index(answer)], [], tuple(question.options)
-            )
+            answer = LETTERS[question.options.index(answer)]
+        problem = Problem("q", answer, [], tuple(question.options))
         assert ScienceTask([], [], {}).grade(problem, [text]) == 1.0
         assert lay_out(question.text, question.options).startswith(question.text)
-    misled = [
-        q
-        for q in (maker.make_question(rng) for _ in range(1500))
-        if maker.write_up(q, lambda _: True) != maker.write_up(q, maker.no_errors)
-    ]
-    assert len(misled) > 600
+    misled = 0
+    for _ in range(1500):
+        question = maker.make_question(rng)
+        wrong = maker.write_up(question, lambda _: True)
+        misled += wrong != maker.write_up(question, maker.no_errors)
+    assert misled > 600
 
 
 def test_hand_checked_facts():
     animals = maker.TOPICS[0]
-    assert (
-        animals.kind("whale") == "mammal"
-        and maker.believed(animals, "whale", lambda _: True) == "fish"
-    )
+    assert animals.kind("whale") == "mammal"
+    assert maker.believed(animals, "whale", lambda _: True) == "fish"
     for topic in maker.TOPICS:
-        assert set(topic.mistaken) <= set(topic.things()) and set(topic.mistaken.values()) <= set(
-            topic.kinds
-        )
+        things, kinds = topic.things(), set(topic.kinds)
+        assert set(topic.mistaken) <= set(things) and set(topic.mistaken.values()) <= kinds
         assert all(topic.kind(thing) != wrong for thing, wrong in topic.mistaken.items())
-        assert len(topic.things()) == len(set(topic.things()))
+        assert len(things) == len(set(things))
         for fact in topic.facts:
-            assert set(fact.values) <= set(topic.kinds) and set(fact.mistaken) <= set(fact.values)
+            assert set(fact.values) <= kinds and set(fact.mistaken) <= set(fact.values)
             assert all(fact.values[kind] != wrong for kind, wrong in fact.mistaken.items())
 
 
 def test_the_pupil_never_sees_a_test_question():
-    test = {
-        json.loads(line)["question"]
-        for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
-    }
-    rows = [
-        json.loads(line)
-        for line in (ROOT / "assets/data/tiny_science/test.jsonl").read_text().splitlines()
-    ]
+    lines = (DATA / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     asked = {(row["question"], tuple(sorted(row["choices"]["text"]))) for row in rows}
-    seen = {
-        (lines[0], tuple(sorted(x[3:] for x in lines[1:])))
-        for lines in (q.split("\n") for q, _ in maker.pupil_examples(4000, seed=3))
-    }
-    assert test and not asked & seen
+    seen = set()
+    for question, _ in maker.pupil_examples(4000, seed=3):
+        first, *options = question.split("\n")
+        seen.add((first, tuple(sorted(option[3:] for option in options))))
+    assert asked and not asked & seen
 
 
 def test_the_data_are_made_again(tmp_path):
     maker.make_data(tmp_path, 200, 20, seed=1)
     again = (tmp_path / "train.jsonl").read_text().splitlines()
-    assert again == (ROOT / "assets/data/tiny_science/train.jsonl").read_text().splitlines()[:200]
+    assert again == (DATA / "train.jsonl").read_text().splitlines()[:200]

@@ -1,4 +1,4 @@
-"""What a critic reads of the worked solution, by hand; and the control that imitates it."""
+"""What a critic may read of the worked solution, by hand; and the control that imitates it."""
 
 from types import SimpleNamespace
 
@@ -7,15 +7,13 @@ import pytest
 import torch
 
 import ppo_baseline as ppo
-import vrpo_math as vrpo
 from benchmark.studies import imitation
-from utils import ranks
-from utils.args import check_flags
+from utils import tensors
 from utils.models import load_policy
-from utils.report.values import KeptCritic
+from utils.scale import processes
 from utils.tensors import pack
 from utils.world.environment import Environment
-from utils.world.solutions import kept_to_solution, with_reading, worked
+from utils.world.solutions import kept_to_solution, worked
 
 CPU = torch.device("cpu")
 
@@ -35,81 +33,55 @@ def test_by_hand(monkeypatch):
         pad_id=90, eos_ids={90}, decode=str, tokenizer=lambda text, **_: {"input_ids": [1, 2]}
     )
     problem = SimpleNamespace(answer="1 2", prompt_ids=[0])
-    episode, right = worked(problem, chat, 9), worked(problem, chat, 9)
-    assert worked(problem, chat, 2).tokens == [0, 1, 2]
-    assert right.tokens == [0, 1, 2, 90] and right.chosen == [False, True, True, True]
-    episode.tokens[1:] = [1, 5, 2, 90]
+    answer, right = worked(problem, chat, 9), worked(problem, chat, 9)
+    assert worked(problem, chat, 2).tokens == [1, 2]
+    assert right.tokens == [1, 2, 90] and right.chosen == [True] * 3
+    answer.tokens[1:1] = [5]
     for name in ("chosen", "logprobs", "entropy", "gap"):
-        getattr(episode, name).append(getattr(episode, name)[-1])
-    batch = pack([episode, right], chat.pad_id, CPU)
+        getattr(answer, name).append(getattr(answer, name)[-1])
+    episodes = [answer, right]
+    batch = pack(episodes, chat.pad_id, CPU)
     reference = SimpleNamespace(get_decoder=Directions)
     args = SimpleNamespace(micro_batch_size=2, max_new_tokens=9)
     off = torch.deg2rad(torch.tensor(30.0)).cos().item() ** 20
     # states: after 0, 1, 5, 2. Once off the path it stays off; padding counts nothing
     wanted = torch.tensor([[1, 1, off, off], [1, 1, 1, 0]])
-    found = kept_to_solution(reference, chat, [episode, right], batch, args)
+    found = kept_to_solution(reference, chat, episodes, batch, args)
     assert torch.allclose(found, wanted, atol=1e-5)
     args.micro_batch_size = 1
-    assert torch.equal(kept_to_solution(reference, chat, [episode, right], batch, args), found)
+    assert torch.equal(kept_to_solution(reference, chat, episodes, batch, args), found)
     # two processes find a row each
-    monkeypatch.setattr(ranks, "RANKS", 2)
-    monkeypatch.setattr(ranks, "add_up", lambda *found: None)
+    monkeypatch.setattr(processes, "RANKS", 2)
+    monkeypatch.setattr("utils.world.solutions.add_up", lambda *found: None)
     halves = []
     for rank in (0, 1):
-        monkeypatch.setattr(ranks, "RANK", rank)
-        halves.append(kept_to_solution(reference, chat, [episode, right], batch, args))
+        monkeypatch.setattr(processes, "RANK", rank)
+        halves.append(kept_to_solution(reference, chat, episodes, batch, args))
     assert torch.equal(halves[0] + halves[1], found) and halves[0].any() and halves[1].any()
 
-    features = torch.randn(7, 9)
-    part = {"mask": batch["mask"], "kept": found}
-    beside = with_reading(features, part)
-    assert torch.equal(beside[:, :9], features)
-    assert torch.allclose(beside[:, 9], 3 * found[batch["mask"]])
-    assert with_reading(features, {"mask": batch["mask"]}) is features
 
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_real_model_keeps_to_its_own_words_exactly(bfloat16, tiny_model, tiny_data):
+@pytest.mark.parametrize("half", [False, True])
+def test_a_real_model_keeps_to_its_own_words_exactly(half, tiny_model, tiny_data, monkeypatch):
     """An answer that is the solution has 1 in every state, in both kinds of numbers."""
-    args = vrpo.Args(model=str(tiny_model), dataset=str(tiny_data))
+    monkeypatch.setattr(tensors, "HALF", half)
+    args = ppo.Args(model=str(tiny_model), dataset=str(tiny_data))
     policy, chat = load_policy(args.model, CPU)
     problems = Environment(args, chat, CPU).task.train[:3]
     episodes = [worked(problem, chat, 99) for problem in problems]
     assert episodes[0].completions == [problems[0].answer]
     batch = pack(episodes, chat.pad_id, CPU)
-    with torch.autocast("cpu", torch.bfloat16, bfloat16):
-        kept = kept_to_solution(policy, chat, episodes, batch, args)
+    kept = kept_to_solution(policy, chat, episodes, batch, args)
     assert torch.allclose(kept, batch["mask"].float(), atol=1e-4)
-    wrong = [worked(problem, chat, 99) for problem in problems]
-    for episode, other in zip(wrong, problems[1:], strict=False):
+    for episode, other in zip(episodes, problems[1:], strict=False):
         episode.problem = other  # what was said to another question
-    with torch.autocast("cpu", torch.bfloat16, bfloat16):
-        kept = kept_to_solution(policy, chat, wrong, batch, args)
+    kept = kept_to_solution(policy, chat, episodes, batch, args)
     assert kept[0].sum() < 0.1 and torch.allclose(kept[2], batch["mask"][2].float(), atol=1e-4)
 
 
-@pytest.mark.parametrize("layers", [0, 1])
-def test_it_learns_from_rewards_and_goes_on_after_a_stop(layers, run_main):
-    flags = {"critic_reads": "solution", "bottleneck_layers": layers, "gae_lambda": 0.5}
-    whole = run_main("vrpo_math", run_name="whole", updates=3, **flags)
-    part = run_main("vrpo_math", run_name="part", updates=2, **flags)
-    run_main("vrpo_math", resume=part, updates=3, **flags)
-    one, two = (pd.read_csv(folder / "metrics.csv") for folder in (whole, part))
-    for key in ("losses/total", "critic/value_mean", "losses/grad_norm_head"):
-        assert one[key].tolist() == pytest.approx(two[key].tolist(), abs=0, nan_ok=True)
-    with pytest.raises(SystemExit, match="reads worked solutions, which this command does not"):
-        KeptCritic(whole / "checkpoints" / "000003" / "critic", CPU)
-
-
-@pytest.mark.parametrize("flags", [{"task": "science"}, {"noise": "majority-vote"}])
-def test_refused_without_worked_solutions(flags):
-    with pytest.raises(SystemExit, match="only --task math has worked solutions"):
-        check_flags(vrpo.Args(critic_reads="solution", **flags))
-
-
 def test_imitation(run_main, monkeypatch):
-    """The solutions' words become likelier before the first update; at a rate of nothing it is PPO."""
-    for name in ("load_policy", "Environment"):
+    """The solutions' words become likelier before the first update; at a rate of nothing it is
+    PPO."""
+    for name in imitation.SCRIPT:
         monkeypatch.setattr(ppo, name, getattr(ppo, name))  # put back in the end
     plain = pd.read_csv(run_main("ppo_baseline", updates=1) / "metrics.csv")
     found, imitate = [], imitation.imitate
@@ -117,8 +89,8 @@ def test_imitation(run_main, monkeypatch):
     def watch(policy, chat, solutions, *how):
         def nll():
             batch = pack(solutions, chat.pad_id, CPU)
-            args = SimpleNamespace(micro_batch_size=8, temperature=1.0)
-            return -ppo.reference_logprobs(policy, batch, args)[batch["mask"]].mean().item()
+            kl = ppo.kl_penalty(policy, batch | {"logprobs": 0 * batch["logprobs"]}, ppo.Args())
+            return kl[batch["mask"]].mean().item()  # 0 less the log-probability
 
         before = nll()
         imitate(policy, chat, solutions, *how)

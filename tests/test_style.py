@@ -74,10 +74,8 @@ def plotted(folders: list, monkeypatch) -> Figure:
     return kept[0]
 
 
-@pytest.fixture(scope="module")
-def figures():
-    """Every figure of the committed results."""
-    monkeypatch = pytest.MonkeyPatch()
+def figures(monkeypatch) -> dict[str, Figure]:
+    """Every figure of the committed results, and a picture of many runs."""
     found = report.compared()
     for name in EXPERIMENTS:
         if len(frame := report.load(name)):
@@ -90,7 +88,6 @@ def figures():
     }
     for name, pattern in runs.items():
         found[name] = plotted(sorted(ROOT.glob(pattern)), monkeypatch)
-    monkeypatch.undo()
     for figure in found.values():
         figure.draw_without_rendering()  # lays it out
     return found
@@ -106,44 +103,34 @@ def outside(figure: Figure) -> list[str]:
     return [x for x, b in boxes.items() if not (edge.contains(*b.p0) and edge.contains(*b.p1))]
 
 
-def test_nothing_is_cut_off(figures):
-    assert not {name: cut for name, figure in figures.items() if (cut := outside(figure))}
+def test_what_is_cut_off_is_seen():
     figure = Figure((4, 3))
     axis = figure.subplots()
     for x in range(2):
         axis.plot([x], label="a label, too long to stand beside another of this length")
     figure.legend(loc="upper center", ncols=2)
-    assert len(outside(figure)) > 1  # the test sees it
+    assert len(outside(figure)) > 1
 
 
-def test_legends_name_every_line_once(figures):
-    for name, figure in figures.items():
+def test_every_committed_figure(monkeypatch):
+    """They are those that are made; nothing is cut off; a legend names every line once; words stand
+    in place of keys; and where differences are drawn there is a line at zero."""
+    results, found = ROOT / "benchmark" / "results", figures(monkeypatch)
+    there = {str(f.relative_to(results).with_suffix("")) for f in results.rglob("*.png")}
+    assert there - {"tokens"} == found.keys() - {"many"}
+    differences = list(found["differences"].axes)
+    differences += [a for a in found["critic_study"].axes if "difference" in a.get_title()]
+    assert len(differences) > 10
+    for axis in differences:
+        ends = [(line.get_xdata(), line.get_ydata()) for line in axis.lines]
+        assert any(not any(x) or not any(y) for x, y in ends), axis.get_title()
+    for name, figure in found.items():
+        assert not outside(figure), name
         labels = {x for axis in figure.axes for x in axis.get_legend_handles_labels()[1]}
         words = [" ".join(t.get_text().split()) for legend in figure.legends for t in legend.texts]
         assert sorted(labels) == sorted(words), name
-
-
-def test_words_in_place_of_keys(figures):
-    for name, figure in figures.items():
         for axis in figure.axes:
             words = [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
             words += [t.get_text() for t in [*axis.get_xticklabels(), *axis.get_yticklabels()]]
             assert not re.search(r"\w_\w|\w/\w|=", " ".join(words)), (name, words)
             assert axis.get_xlabel() or name == "noise_grid_arms"
-
-
-def test_a_figure_of_differences_has_a_zero_line(figures):
-    axes = figures["differences"].axes
-    axes += [axis for axis in figures["critic_study"].axes if "difference" in axis.get_title()]
-    assert len(axes) > 10
-    for axis in axes:
-        zero = [
-            line for line in axis.lines if not any(line.get_xdata()) or not any(line.get_ydata())
-        ]
-        assert zero, axis.get_title()
-
-
-def test_committed_figures_are_those_that_are_made(figures):
-    results = ROOT / "benchmark" / "results"
-    there = {str(f.relative_to(results).with_suffix("")) for f in results.rglob("*.png")}
-    assert there - {"tokens"} == figures.keys() - {"many"}

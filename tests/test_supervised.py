@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmark.studies import equations, paired, supervised
+from utils.dialogue.user import outcome
 from utils.generation import generate
 from utils.models import load_policy
 from utils.world.tasks import load_task
-from utils.world.user import outcome
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_own_answers(tmp_path):
     problem = load_task(a, chat).train[0]
     episode = supervised.answered(problem, chat, a)
     assert episode.completions == [problem.answer] and episode.finished
-    a = args(tmp_path, task="science", dataset="assets/data/tiny_science", train_split="train[:8]")
+    a = args(tmp_path, task="science", train_split="train[:8]")
     task = load_task(a, chat)
     problem = next(p for p in task.train if p.options)
     episode = supervised.answered(problem, chat, a)
@@ -72,10 +72,7 @@ def test_own_answers(tmp_path):
     for problem in load_task(a, chat).train[:5]:
         episode = supervised.answered(problem, chat, a)
         assert outcome(problem.answer, episode.completions, a.seed).gcr == 1
-        heard = [
-            token for token, own in zip(episode.tokens, episode.chosen, strict=True) if not own
-        ]
-        assert len(heard) > len(problem.prompt_ids) and sum(episode.chosen) == episode.length
+        assert 0 < sum(episode.chosen) < len(episode.tokens)  # the user has had words between
 
 
 def test_a_start_learns_and_is_saved(tmp_path):

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import ppo_baseline as ppo
-from utils.models import Chat, load_policy, pick_device
+from utils.chat import Chat
+from utils.models import load_policy, pick_device
 from utils.world.tasks import load_task
 
 
@@ -32,51 +33,40 @@ ROWS = [{"problem": f"What is {i} + 1?", "solution": f"#### {i + 1}"} for i in r
 
 def test_columns_are_guessed_or_named(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
-    write(
-        tmp_path, "test.jsonl", [{"problem": "What is 100 + 1?", "solution": "101", "other": "x"}]
-    )
+    one = {"problem": "What is 100 + 1?", "solution": "101", "other": "x"}
+    write(tmp_path, "test.jsonl", [one])
     task = load(chat, tmp_path)
     assert (len(task.train), len(task.test), task.train[3].answer) == (20, 1, "#### 4")
-    with pytest.raises(
-        SystemExit, match="--answer-column: there is no column 'nope'.*problem, solution, other"
-    ):
+    refusal = "--answer-column: there is no column 'nope'.*problem, solution, other"
+    with pytest.raises(SystemExit, match=refusal):
         load(chat, tmp_path, answer_column="nope")
     write(tmp_path / "odd", "train.jsonl", [{"a": 1}])
     write(tmp_path / "odd", "test.jsonl", [{"a": 1}])
-    with pytest.raises(
-        SystemExit,
-        match="--question-column: none of the usual names .* is there; the data set has the columns a",
-    ):
+    refusal = "--question-column: none of the usual names .*; the data set has the columns a"
+    with pytest.raises(SystemExit, match=refusal):
         load(chat, tmp_path / "odd")
 
 
-def test_eval_size_is_the_number_of_problems_that_there_are(chat, tmp_path):
-    write(tmp_path, "train.jsonl", ROWS)
-    for wanted, found in ((512, 5), (3, 3)):
-        args = ppo.Args(
-            dataset=str(tmp_path),
-            train_split="train[:75%]",
-            test_split="train[75%:]",
-            eval_size=wanted,
-        )
-        load_task(args, chat)
-        assert args.eval_size == found
-
-
-def test_config_is_a_subfolder_and_other_formats_load(chat, tmp_path):
+def test_a_configuration_is_a_subfolder_and_other_formats_load(chat, tmp_path):
     write(tmp_path / "easy", "train.jsonl", ROWS)
     (tmp_path / "easy" / "test.csv").write_text("question,answer\nWhat is 3 * 3?,9\n")
-    task = load(chat, tmp_path, dataset_config="easy")
-    assert task.test[0].answer == "9"
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard" / "test.csv").write_text("question,answer\nWhat is 9 * 9?,81\n")
+    assert load(chat, f"{tmp_path}:easy").test[0].answer == "9"
+    task = load(chat, f"{tmp_path}:easy", test_dataset=f"{tmp_path}:hard")
+    assert task.test[0].answer == "81" and len(task.train) == 20
 
 
 def test_one_file_can_be_divided_by_slices(chat, tmp_path):
+    """--eval-size is the number of problems that there are."""
     write(tmp_path, "train.jsonl", ROWS)
-    task = load(chat, tmp_path, train_split="train[:75%]", test_split="train[75%:]")
-    assert (len(task.train), len(task.test)) == (15, 5)
-    with pytest.raises(
-        SystemExit, match="--test-split test: no test.jsonl.*found: train.jsonl; slices"
-    ):
+    for wanted, found in ((512, 5), (3, 3)):
+        flags = {"train_split": "train[:75%]", "test_split": "train[75%:]", "eval_size": wanted}
+        args = ppo.Args(dataset=str(tmp_path), **flags)
+        task = load_task(args, chat)
+        assert (len(task.train), len(task.test)) == (15, 5) and args.eval_size == found
+    refusal = "--test-split test: no test.jsonl.*found: train.jsonl; slices"
+    with pytest.raises(SystemExit, match=refusal):
         load(chat, tmp_path)
 
 
@@ -124,9 +114,8 @@ def test_prompt_and_answer_must_fit_the_model(chat, tmp_path):
     write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}])
     chat.context = 100
     assert load(chat, tmp_path, max_new_tokens=48)
-    with pytest.raises(
-        SystemExit, match="--max-new-tokens 99: behind the longest prompt of .* 100 positions"
-    ):
+    refusal = "--max-new-tokens 99: behind the longest prompt of .* 100 positions"
+    with pytest.raises(SystemExit, match=refusal):
         load(chat, tmp_path, max_new_tokens=99)
 
 
@@ -141,59 +130,21 @@ def test_missing_data_and_bad_templates(chat, tmp_path):
         load(chat, tmp_path)
 
 
-def test_models_that_do_not_load(tmp_path):
+def test_a_model_that_is_not_there():
     with pytest.raises(SystemExit, match="--model ./nowhere: no such folder"):
         load_policy("./nowhere", torch.device("cpu"))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="could not be loaded"):
-        load_policy(str(tmp_path), torch.device("cpu"))
 
 
 def test_data_order_is_a_permutation_per_epoch_keyed_by_seed(chat, tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}])
     task = load(chat, tmp_path)
-    epochs = [
+    one, two = (
         [p.key for u in range(start, start + 4) for p in task.batch(1, u, 5)] for start in (1, 5)
-    ]
-    assert (
-        set(epochs[0]) == set(epochs[1]) == {p.key for p in task.train} and epochs[0] != epochs[1]
     )
-    assert [p.key for p in task.batch(1, 3, 5)] == epochs[0][10:15]
+    assert set(one) == set(two) == {p.key for p in task.train} and one != two
+    assert [p.key for p in task.batch(1, 3, 5)] == one[10:15]
     assert task.batch(1, 1, 5) != task.batch(2, 1, 5)
-
-
-def test_prompt_and_second_turn_follow_the_chat_template(chat, tokenizer):
-    turns = [
-        {"role": "user", "content": "Hi 1"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "Now 3"},
-    ]
-    whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    tokens = (
-        chat.prompt_ids("Hi 1") + tokenizer("2<|end|>")["input_ids"] + chat.user_turn_ids("Now 3")
-    )
-    assert tokenizer.decode(tokens) == whole
-
-
-def test_a_model_without_chat_template(tokenizer, tiny_model):
-    plain = AutoTokenizer.from_pretrained(tiny_model)
-    plain.chat_template = None
-    chat = Chat(plain, [plain.eos_token_id])
-    assert chat.decode(chat.prompt_ids("Hi")) == "Question: Hi\nAnswer:"
-    assert chat.decode(chat.user_turn_ids("Hi")) == "Question: Hi\nAnswer:"
-
-
-def test_a_template_that_ends_turns_with_text_after_eos(tokenizer, tiny_model):
-    """ChatML, as Qwen and SmolLM2 have it, puts a newline after EOS: it belongs to the user's
-    turn."""
-    other = AutoTokenizer.from_pretrained(tiny_model)
-    other.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-    )
-    chat = Chat(other, [other.eos_token_id])
-    assert other.decode(chat.user_turn_ids("Now 3")) == "\n<|user|>Now 3<|end|>\n<|assistant|>"
 
 
 def test_rows_are_filled_with_eos():
@@ -202,11 +153,10 @@ def test_rows_are_filled_with_eos():
 
 
 def test_logits_that_are_rescaled_behind_the_head_are_refused(tmp_path, tokenizer):
-    from transformers import GraniteConfig, GraniteForCausalLM
-
     config = GraniteConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, logits_scaling=8.0, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=1.0,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, logits_scaling=8.0, eos_token_id=1,
+        bos_token_id=None, pad_token_id=0, initializer_range=1.0,
     )  # fmt: skip
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -221,20 +171,19 @@ def test_devices():
             pick_device(name)
 
 
-def test_what_a_device_is_set_to(monkeypatch):
-    """--tf32 on a GPU alone; --deterministic before anything is put on one."""
+def test_what_a_gpu_is_set_to(monkeypatch):
+    """TF32, unless --deterministic is given, and that before anything is put on the GPU."""
     device = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: device)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.get_float32_matmul_precision()
     try:
-        pick_device("cuda", tf32=False)
-        assert torch.get_float32_matmul_precision() == before == "highest"
-        assert not torch.are_deterministic_algorithms_enabled()
         pick_device("cuda", deterministic=True)
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == before == "highest"
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+        pick_device("cuda")
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(False)

@@ -59,12 +59,12 @@ def test_rewards_of_trl_are_those_of_the_script(small_flags):
     """TRL's trainer has tokens alone: as episodes they get what the script's own episodes get."""
     script = importlib.import_module("grpo_baseline")
     args = script.Args(**small_flags, noise="length", noise_rate=0.5)
-    policy, chat = script.load_policy(args.model, torch.device("cpu"))
+    policy, chat = script.start_policy(args, torch.device("cpu"))
     env = script.Environment(args, chat, torch.device("cpu"))
     episodes = script.rollout(policy, env, env.problems(3), args, 1.0)
     rewards = script.observe(args, env.grade(episodes), episodes, 3).tolist()
-    completions = [e.tokens[len(e.problem.prompt_ids) :] for e in episodes]
-    assert throughput.told(script, args, env, completions, 3) == rewards
+    completions = [e.tokens for e in episodes]
+    assert throughput.observed_rewards(script, args, env, completions, 3) == rewards
     assert len(set(rewards)) == 2, "no coin has fallen"
 
 

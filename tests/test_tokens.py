@@ -6,33 +6,31 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.conftest import ROOT
 from utils.report import tokens
 
 FLAGS = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32, "noise_rate": 0.5}
+FLAGS |= {"updates": 1, "eval_size": 1}
 
 
 def records(folder):
     return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
 
 
-def test_transcripts_hold_every_token(run_main):
-    """The tokens are those of the conversation, rewards stand on the last of them, and numbers
-    where the policy chose alone."""
-    row = records(run_main("ppo_baseline", **FLAGS))[0]
-    table = row["tokens"]
+def check_transcript(row: dict) -> None:
+    """The tokens behind the prompt are the conversation, the reward stands on the last of them, and
+    numbers for all of them."""
+    table, policy = row["tokens"], AutoTokenizer.from_pretrained(FLAGS["model"])
+    numbers = {"values", "advantages", "entropy", "rewards"}
+    assert set(table) == {"ids", "text", "chosen"} | numbers and table["chosen"][0]
     assert {len(column) for column in table.values()} == {len(table["text"])}
-    assert set(table) == {"text", "chosen", "values", "advantages", "entropy", "rewards"}
-    said = "".join(
-        text for text, chosen in zip(table["text"], table["chosen"], strict=True) if chosen
-    )
-    assert row["messages"][1]["content"] in said
+    assert row["messages"][1]["content"] in "".join(table["text"])
+    assert table["text"] == [policy.decode(i) for i in table["ids"]]
+    assert row["messages"][0]["content"] in policy.decode(row["prompt"])
     assert table["rewards"][-1] == row["rewards"][-1] and not any(table["rewards"][:-1])
     assert table["values"][-1] == pytest.approx(row["values"][-1], abs=1e-4)
-    assert not any(
-        v for v, chosen in zip(table["advantages"], table["chosen"], strict=True) if not chosen
-    )
 
 
 class Page(HTMLParser):
@@ -63,13 +61,14 @@ def test_page_and_picture(run_main, tmp_path):
     """One line for every run, in all colours at once; GRPO has no values; questions with a wrong
     reward come first."""
     runs = [run_main(name, **FLAGS) for name in ("ppo_baseline", "grpo_baseline")]
+    check_transcript(records(runs[0])[0])
     out = tmp_path / "tokens.html"
     tokens.main(tokens.Args(runs=tuple(runs), out=out, rows=2, update=1, color="entropy"))
     page = Page(out.read_text())
     assert len(page.texts["h2"]) == 2 and page.texts["b"] == ["ppo_baseline", "grpo_baseline"] * 2
     assert page.texts["label"] == [" entropy", " values", " advantages"]
     assert page.classes.count("legend values") == 3  # the colour bar, and twice that GRPO has none
-    assert "told wrong" in page.classes
+    assert "verdict wrong" in page.classes
     groups = tokens.pick({run.name: tokens.read_rows(run) for run in runs}, 1, 8)
     rows = [row for _, by_run in groups[:2] for row in by_run.values()]
     assert len(page.boxes) == sum(sum(row["tokens"]["chosen"]) for row in rows)
@@ -102,11 +101,11 @@ def test_whatever_is_said_is_text():
 
 
 def test_a_wrong_reward_is_marked():
-    """The chip says what the optimiser was told and what is true, and stands out if they differ."""
+    """The chip says what the optimiser observed and what is true, and stands out if they differ."""
     rows = {name: made_up("q", *pair) for name, pair in {"a": (1.0, 0.0), "b": (0.0, 0.0)}.items()}
     page = tokens.page([("q", rows)], list(tokens.COLORS))
-    assert "<span class='told wrong'>told 1, truth 0</span>" in page
-    assert "<span class='told'>told 0, truth 0</span>" in page
+    assert "<span class='verdict wrong'>observed 1, truth 0</span>" in page
+    assert "<span class='verdict'>observed 0, truth 0</span>" in page
 
 
 def test_what_cannot_be_shown_is_said(run_main, tmp_path):
@@ -115,7 +114,7 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
     (tmp_path / "transcripts.jsonl").write_text(json.dumps({"update": 1, "messages": []}) + "\n")
     with pytest.raises(SystemExit, match="have no tokens"):
         tokens.read_rows(tmp_path)
-    run = run_main("ppo_baseline", **FLAGS)
+    run = run_main("ppo_baseline", truncated="grade")
     with pytest.raises(SystemExit, match=r"--update 9: the runs have \[1, 2\]"):
         tokens.main(tokens.Args(runs=(run,), update=9, out=tmp_path / "x.html"))
     with pytest.raises(SystemExit, match="the runs have no update in common"):
@@ -134,38 +133,26 @@ def test_what_cannot_be_shown_is_said(run_main, tmp_path):
 
 
 def test_names_are_what_differs():
-    assert tokens.short_names(["runs/a__s__1", "runs/bc__s__1"]) == ["a", "bc"]
-    assert tokens.short_names(["runs/a__s__1", "old/a__t__1"]) == ["runs__s", "old__t"]
-    assert tokens.short_names(["x/a", "y/z/b"]) == ["a", "b"] and tokens.short_names(
-        ["x/a", "y/z/a"]
-    ) == [
-        "x/a",
-        "y/z/a",
-    ]
-    runs = ["runs/a__s__1__20250101-093000", "runs/b__s__1__20250101-101500"]
-    assert tokens.short_names(runs) == ["a", "b"]  # when they began is told only if nothing else is
-    runs[1] = runs[1].replace("b__", "a__")
-    assert tokens.short_names(runs) == ["20250101-093000", "20250101-101500"]
-    assert tokens.short_names(["runs/a"]) == ["a"] and tokens.short_names(["runs/a", "runs/a"]) == [
-        "runs/a",
-        "runs/a",
-    ]
+    for paths, names in (
+        (["runs/a__s__1", "runs/bc__s__1"], ["a", "bc"]),
+        (["runs/a__s__1", "old/a__t__1"], ["runs__s", "old__t"]),
+        (["x/a", "y/z/b"], ["a", "b"]),
+        (["x/a", "y/z/a"], ["x/a", "y/z/a"]),
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/a"], ["runs/a", "runs/a"]),
+        # when they began is said only if nothing else differs
+        (["runs/a__1__20250101-093000", "runs/b__1__20250101-101500"], ["a", "b"]),
+        (["runs/a__1__20250101-093000", "runs/a__1__20250101-101500"], ["20250101-093000", "20250101-101500"]),
+    ):  # fmt: skip
+        assert tokens.short_names(paths) == names
 
 
 def made_up(prompt: str, observed: float, clean: float, text: str = "x") -> dict:
-    table = {
-        "text": [text],
-        "chosen": [True],
-        "entropy": [0.1],
-        "advantages": [0.2],
-        "rewards": [observed],
-    }
+    table = {"text": [text], "chosen": [True], "entropy": [0.1], "advantages": [0.2]}
     return {
-        "update": 1,
-        "messages": [{"content": prompt}],
-        "tokens": table,
-        "outcome": {"accuracy": clean},
-    }
+        "update": 1, "messages": [{"content": prompt}], "outcome": {"accuracy": clean},
+        "tokens": table | {"rewards": [observed]},
+    }  # fmt: skip
 
 
 def write(folder, rows):
@@ -190,5 +177,5 @@ def test_odd_rows_are_shown(tmp_path):
     run = write(tmp_path / "a", rows)
     assert list(tokens.read_rows(run)[1])[1:] == ["same", "same (2)"]
     tokens.main(tokens.Args(runs=(run,), out=tmp_path / "odd.html", color="entropy"))
-    assert "told 1, truth nan" in (tmp_path / "odd.html").read_text()
+    assert "observed 1, truth nan" in (tmp_path / "odd.html").read_text()
     assert (tmp_path / "odd.png").stat().st_size > 3000

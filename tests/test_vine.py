@@ -10,8 +10,8 @@ import torch
 import ppo_baseline as ppo
 import vine_ppo_baseline as vine
 from tests.conftest import ROOT, bare_world
+from utils import metrics
 from utils.generation import Answer
-from utils.report import metrics
 from utils.tensors import pack
 from utils.world.environment import Episode
 from utils.world.problems import Problem
@@ -33,7 +33,6 @@ def answer(*tokens: int) -> Answer:
 
 def episode(problem: Problem, *tokens: int) -> Episode:
     found = Episode(problem)
-    found.hear(problem.prompt_ids)
     found.say(answer(*tokens), CHAT)
     return found
 
@@ -55,8 +54,8 @@ def test_lines_start_behind_line_breaks():
     """Not behind those of the prompt, empty lines belong to what follows, and behind the last token
     there is no state."""
     assert grid()["starts"].int().tolist() == [
-        [0, 1, 0, 1, 0, 0, 0],
-        [0, 1, 0, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0],
         [1, 0, 1, 0, 0, 0, 0],
     ]
 
@@ -125,22 +124,22 @@ def test_every_state_is_sampled_once_and_its_line_has_the_mean(sampled):
     assert [v.length for v in vines] == [2, 2, 4, 3, 2, 2, 4, 4]
     assert [v.finished for v in vines] == [True] * 3 + [False] + [True] * 4
     assert values.tolist() == [
-        [0, 0.5, 0.5, 0.5, 0.5, 0.5, 0],
-        [0, 0.5, 0.5, 0.5, 0.5, 0.5, 0],
+        [0.5, 0.5, 0.5, 0.5, 0.5, 0, 0],
+        [0.5, 0.5, 0.5, 0.5, 0.5, 0, 0],
         [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5],
     ]
-    assert sampled([CUT], truncated="grade")[0][0].tolist() == [0, 1, 1, 1, 1, 1, 0]
+    assert sampled([CUT], truncated="grade")[0][0].tolist() == [1, 1, 1, 1, 1, 0, 0]
 
 
-def test_the_told_mean_has_the_flips_of_many_draws(sampled):
+def test_the_observed_mean_has_the_flips_of_many_draws(sampled):
     """K flips of rate p leave p + (1 - 2p) v; the truth asked directly has none."""
     many = {"vine_samples": 1500, "noise": "symmetric", "noise_rate": 0.3}
-    told, _, _ = sampled([RIGHT], **many)
-    assert told[0, 1].item() == pytest.approx(0.7, abs=0.05)
-    assert told[2, 0].item() == pytest.approx(0.3, abs=0.05)
-    assert told[0, 1] != told[0, 3]  # every state has draws of its own
+    observed, _, _ = sampled([RIGHT], **many)
+    assert observed[0, 0].item() == pytest.approx(0.7, abs=0.05)
+    assert observed[2, 0].item() == pytest.approx(0.3, abs=0.05)
+    assert observed[0, 0] != observed[0, 2]  # every state has draws of its own
     clean, _, _ = sampled([RIGHT], **many, vine_judge="clean")
-    assert set(clean[:2, 1:6].flatten().tolist()) == {1.0} and set(clean[2].tolist()) == {0.0}
+    assert set(clean[:2, :5].flatten().tolist()) == {1.0} and set(clean[2].tolist()) == {0.0}
 
 
 @pytest.mark.parametrize("noise", ["persistent", "group"])
@@ -149,10 +148,10 @@ def test_a_judge_who_is_wrong_about_a_prompt_is_so_about_its_continuations(sampl
     seen = set()
     for seed in range(1, 9):
         args = vine.Args(**flags, seed=seed)
-        told = vine.observe(args, torch.tensor([1.0, 0.0, 1.0]), EPISODES, update=3)
+        observed = vine.observe(args, torch.tensor([1.0, 0.0, 1.0]), EPISODES, update=3)
         values, _, _ = sampled([RIGHT], **flags, seed=seed)
-        assert values[0, 1] == told[0] and values[2, 0] == 1 - told[2]
-        seen.add((told[0].item(), told[2].item()))
+        assert values[0, 0] == observed[0] and values[2, 0] == 1 - observed[2]
+        seen.add((observed[0].item(), observed[2].item()))
     assert len(seen) > 2
 
 

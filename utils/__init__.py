@@ -1,8 +1,7 @@
-"""Plumbing: the engine here, what the policy meets in world/, what a run tells in report/.
+"""What the scripts stand on. Rooms: world/ has problems and verdicts, dialogue/ a user with a goal,
+scale/ several processes and large models, report/ what a run tells.
 
-The programs in the two rooms have one short name each: `python -m utils.plot` is report/plot.py.
+The programs in the rooms have one short name each: `python -m utils.plot` is report/plot.py.
 """
 
-import utils.errors  # noqa: F401  before all that takes long: from here on Ctrl-C is one line
-
-__path__ += [f"{__path__[0]}/{room}" for room in ("world", "report")]
+__path__ += [f"{__path__[0]}/{room}" for room in ("report", "dialogue")]

@@ -3,25 +3,21 @@
 A script's `Args` inherits the groups below and adds its own; each group is a box in `--help`.
 """
 
+import argparse
 import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 import tyro
 
-from utils.engine import check_engine
-from utils.errors import say, stop
+from utils.errors import begin, stop
 from utils.files import read_flags
-from utils.ranks import by_first, check_sizes
+from utils.scale.processes import check_sizes
 
 ArgsType = TypeVar("ArgsType")
-NOISES = Literal[
-    "none", "symmetric", "asymmetric", "gaussian", "persistent", "group", "length", "random", "majority-vote",
-]  # fmt: skip
 
 
 @dataclass
@@ -32,24 +28,18 @@ class RunArgs:
     """the run is written to runs/<run-name>; default: script, noise, seed and time"""
     resume: Path | None = None
     """run directory to continue from its newest checkpoint; its flags are the defaults"""
-    config: Path | None = None
-    """args.json of an earlier run, whose flags are the defaults of this new one"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the forward passes (autocast); weights and optimizer stay in float32"""
-    tf32: bool = True
-    """on a GPU: products in float32 have mantissas of 10 bits, and take a fraction of the time"""
     deterministic: bool = False
-    """on a GPU: the same run twice is the same to the last bit; slower"""
+    """on a GPU: the same run twice is the same to the last bit; slower (no TF32)"""
     gradient_checkpointing: bool = False
     """layers are computed again in the backward pass: less memory, a third more time"""
     share_prefixes: bool = False
     """what episodes of a micro-batch begin with, such as their prompt, is read once in training too"""
     rollout_engine: Literal["own", "vllm"] = "own"
     """what samples the answers; vllm is to be installed beside the rest (docs/scaling.md)"""
-    rollout_ratio_cap: float = 2.0
-    """vllm: most that a token's pi_old / pi_engine weighs in the policy loss; the mean gap is logged"""
     shard: bool = False
     """several processes hold a part of every weight each, instead of all (docs/scaling.md)"""
     eval_every: int = 10
@@ -60,8 +50,6 @@ class RunArgs:
     """updates between checkpoints (also at the end and on SIGTERM or Ctrl-C)"""
     track: Literal["none", "wandb", "trackio"] = "none"
     """log to a tracker too: Weights & Biases, or trackio, which keeps everything on this machine"""
-    track_project: str = "vrpo"
-    """the tracker's name for these runs together"""
 
 
 @dataclass
@@ -73,13 +61,12 @@ class TaskArgs:
     lora_rank: int = 0
     """rank of LoRA adapters on all linear layers of policy and critic; 0 trains the weights"""
     dataset: str = "assets/data/tiny_math"
-    """a folder with <split>.jsonl, .json, .csv, .tsv (.gz too) or .parquet, or a hub id"""
-    dataset_config: str | None = None
-    """configuration of the data set (a subfolder of a local one); default: the usual one"""
+    """a folder with <split>.jsonl, .json, .csv, .tsv (.gz too) or .parquet, or a hub id; NAME:CONFIG
+    for another than the usual configuration. Dialogue: a folder as of Schema-Guided Dialogue"""
     train_split: str | None = None
     """split to train on; a slice such as train[:90%] is allowed; default: train"""
     test_dataset: str | None = None
-    """data set of the held-out problems, NAME or NAME:CONFIG; default: the same"""
+    """data set of the held-out problems; default: the same"""
     test_split: str | None = None
     """held-out split; training problems that stand in it too are dropped; default: test"""
     question_column: str | None = None
@@ -94,8 +81,6 @@ class TaskArgs:
     """system message that opens every conversation"""
     thinking: bool = False
     """let a model think whose chat template knows it (Qwen3); only what follows </think> counts"""
-    schema: Path = Path("assets/data/tiny_dialogue")
-    """dialogue: a folder in the format of Schema-Guided Dialogue"""
     max_prompt_tokens: int = 128
     """problems with longer prompts are counted and dropped"""
     max_turns: int = 1
@@ -116,16 +101,15 @@ class RewardArgs:
     """a sequence classifier whose scores replace the truth as reward: a folder or hub id"""
     reward_fn: str | None = None
     """MODULE:FUNCTION that replaces the truth as reward: f(question, answer, completions) -> float"""
-    noise: NOISES = "symmetric"
-    """channel between the clean reward, or the score in its place, and the observed one"""
+    noise: str = "symmetric"
+    """what lies between score and observed reward: none, symmetric, asymmetric, gaussian, persistent,
+    group, length, random, majority-vote (docs/noise.md)"""
     noise_rate: float = 0.2
-    """probability of an error: symmetric, persistent, group, length"""
+    """probability of an error: symmetric, persistent, group, length; gaussian: standard deviation"""
     false_negative_rate: float = 0.2
     """P(0 | right): asymmetric"""
     false_positive_rate: float = 0.2
     """P(1 | wrong): asymmetric"""
-    noise_sigma: float = 0.5
-    """standard deviation: gaussian"""
     vote_samples: int = 8
     """answers of the initial policy whose majority becomes the label: majority-vote"""
 
@@ -143,16 +127,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "noise": "symmetric", "kl_coef": 0.0,
     },
     "dialogue": {
-        "model": "assets/tiny_dialogue", "dataset": "assets/data/tiny_math", "updates": 30,
+        "model": "assets/tiny_dialogue", "dataset": "assets/data/tiny_dialogue", "updates": 30,
         "prompts_per_update": 32, "max_turns": 12, "max_new_tokens": 48,
         "reward_model": "assets/tiny_reward", "noise": "none", "kl_coef": 0.05,
     },
 }  # fmt: skip
 
 GROUPED = ("grpo", "dr_grpo", "rloo")  # advantages within a prompt's samples
-MAY_BE_ZERO = ("seed", "critic_warmup", "bottleneck_layers", "lora_rank", "samples")
+MAY_BE_ZERO = ("seed", "lora_rank", "samples", "critic_warmup", "bottleneck_layers")
 SHARES = (
-    "noise_rate", "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda",
+    "false_negative_rate", "false_positive_rate", "gamma", "gae_lambda", "critic_lambda",
     "assumed_false_negative_rate", "token_ratio", "contamination",
     "label_noise", "length_bias", "learning_rate", "critic_learning_rate", "head_learning_rate",
 )  # fmt: skip
@@ -161,7 +145,6 @@ MOST = 10**6  # of whatever is counted
 LIMITS = {
     "seed": (0, 2**63 - 1),
     "quantiles": (3, MOST),
-    "rollout_ratio_cap": (1, math.inf),
     "huber_kappa": (0.001, math.inf),
     "tail_share": (0, 0.5),
 }
@@ -169,24 +152,34 @@ LIMITS = {
 
 def parse_args(cls: type[ArgsType], description: str | None) -> ArgsType:
     """The command line as `cls`. The script's defaults hold; those of another --task where it is
-    given; with --resume or --config the saved flags of a run. Flags given now override them."""
-    given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    task_flag = make_dataclass("TaskFlag", [("task", str, field(default=""))])
-    task = tyro.cli(task_flag, args=given, return_unknown_args=True, add_help=False)[0].task
-    if task not in DEFAULTS:  # none given, or one for the parser to refuse
-        task = ""
-    args = parse_groups(cls, cls(**defaults(cls, task or cls.task)), description)
-    if args.resume and args.config:
-        stop(f"--config {args.config}: is for a new run; --resume has the flags of its own")
-    if args.resume:
-        start = cls(**saved_flags(cls, "--resume", args.resume))
-        return dataclasses.replace(parse_groups(cls, start), resume=args.resume)
-    if args.config:
-        saved = saved_flags(cls, "--config", args.config) | {"run_name": None}
-        if task and task != saved.get("task"):  # what goes with the other task does not stay
-            saved |= defaults(cls, task)
-        return parse_groups(cls, cls(**saved))
-    return args
+    given; with --resume the saved flags of the run. Flags given now override them."""
+    begin()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--task", choices=DEFAULTS)
+    first.add_argument("--resume", type=Path)
+    try:
+        known, _ = first.parse_known_args()
+    except argparse.ArgumentError:  # tyro refuses it too, and says it better
+        known = argparse.Namespace(task=None, resume=None)
+    saved = saved_flags(cls, known.resume) if known.resume else {}
+    default = cls(**defaults(cls, known.task or cls.task))
+    groups = []
+    for group in cls.__bases__:  # each a box in --help
+        start = group(**{f.name: getattr(default, f.name) for f in dataclasses.fields(group)})
+        name = group.__name__.removesuffix("Args").lower()
+        groups.append((name, group, field(default_factory=lambda start=start: start)))
+    nested = make_dataclass(cls.__name__, groups[::-1])
+    given = [*words(saved), *sys.argv[1:]]
+    found = tyro.cli(
+        nested, args=given, description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    return cls(**{k: v for part in vars(found).values() for k, v in vars(part).items()})
+
+
+def command(args: Any, prog: str, description: str | None) -> Any:
+    """The command line of one of the programs in utils/, as `args`."""
+    begin()
+    return tyro.cli(args, prog=prog, description=description)
 
 
 def defaults(cls: type, task: str) -> dict[str, Any]:
@@ -194,54 +187,33 @@ def defaults(cls: type, task: str) -> dict[str, Any]:
     return {} if task == cls.task else {"task": task, **DEFAULTS[task]}
 
 
-def parse_groups(
-    cls: type[ArgsType], default: ArgsType, description: str | None = None
-) -> ArgsType:
-    """The command line as `cls`, each dataclass that it inherits being a group of `--help`."""
-    groups = []
-    for group in cls.__bases__:
-        names = [f.name for f in dataclasses.fields(group)]
-        start = group(**{name: getattr(default, name) for name in names})
-        name = group.__name__.removesuffix("Args").lower()
-        groups.append((name, group, field(default_factory=lambda start=start: start)))
-    nested = make_dataclass(cls.__name__, groups[::-1])
-    found = tyro.cli(nested, description=description, config=(tyro.conf.OmitArgPrefixes,))
-    flat = {k: v for part in vars(found).values() for k, v in vars(part).items()}
-    return cls(**flat)
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags as words of a command line."""
+    found = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif str(value).startswith("-"):
+            found.append(f"--{flag}={value}")
+        else:
+            found += [f"--{flag}", str(value)]
+    return found
 
 
-def saved_flags(cls: type, flag: str, path: Path) -> dict[str, Any]:
-    """The flags in a run's args.json. Stops where this version does not know them as they are: the
-    run could not go on as it began. With --config the run may be another script's: flags that only
-    that one has are named and left out."""
+def saved_flags(cls: type, path: Path) -> dict[str, Any]:
+    """The flags in a run's args.json. Stops where this version does not know them: the run could not
+    go on as it began."""
     try:
         saved = read_flags(path)
     except (OSError, ValueError):
-        stop(f"{flag} {path}: no readable args.json there (give a run, such as runs/<name>)")
+        stop(f"--resume {path}: no readable args.json there (give a run, such as runs/<name>)")
     script, own = saved.pop("script"), Path(sys.argv[0]).stem
-    if script != own and flag == "--resume":
-        stop(f"{flag} {path}: {script}.py made that run, and goes on with it")
-    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
-    if unknown := sorted(saved.keys() - kinds.keys()):
-        if script == own:
-            stop(f"{flag} {path}: args.json has flags that are no more: {', '.join(unknown)}")
-        by_first(say)(f"{flag} {path}: left out, as {own} has no such flags: {', '.join(unknown)}")
-        saved = {name: value for name, value in saved.items() if name in kinds}
-    for name, value in saved.items():
-        if not fits(value, kinds[name]):
-            wanted = get_args(kinds[name]) or (kinds[name],)
-            wanted = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
-            stop(f"{flag} {path}: args.json has {name} {value!r}, where one fits of: {wanted}")
-    return {k: Path(v) if kinds[k] is Path else v for k, v in saved.items()}
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of args.json is of a field's type, or one of its choices."""
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(one) and value == one for one in get_args(kind))
-    if get_origin(kind) is UnionType:
-        return any(fits(value, one) for one in get_args(kind))
-    return type(value) in {Path: (str,), float: (int, float)}.get(kind, (kind,))
+    if script != own:
+        stop(f"--resume {path}: {script}.py made that run, and goes on with it")
+    if unknown := sorted(saved.keys() - {f.name for f in dataclasses.fields(cls)}):
+        stop(f"--resume {path}: args.json has flags that are no more: {', '.join(unknown)}")
+    return saved
 
 
 def check_ranges(args: Any) -> None:
@@ -273,8 +245,13 @@ def check_flags(args: Any) -> None:
     """`check_ranges` of a script's flags, and what must not be combined."""
     check_ranges(args)
     check_sizes(args)
-    check_engine(args)
     check_temperature(args)
+    if args.rollout_engine == "vllm":
+        from utils.scale.engine import check_engine
+
+        check_engine(args)
+    if args.noise != "gaussian" and args.noise_rate > 1:
+        stop(f"--noise-rate {args.noise_rate}: must be in [0, 1], a probability")
     if (episodes := args.prompts_per_update * args.samples_per_prompt) > MOST:
         stop(
             f"--prompts-per-update {args.prompts_per_update} --samples-per-prompt "
@@ -291,10 +268,6 @@ def check_flags(args: Any) -> None:
             f"--assumed-false-negative-rate {rate}: --advantage {args.advantage} does not read it; "
             "give --advantage forward"
         )
-    if getattr(args, "critic_reads", "nothing") == "solution" and (
-        args.task != "math" or args.noise == "majority-vote"
-    ):
-        stop("--critic-reads solution: only --task math has worked solutions, and votes know none")
     if args.reward_fn and args.reward_model:
         stop(
             f"--reward-fn {args.reward_fn} and --reward-model {args.reward_model}: one of them gives "

@@ -10,9 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
-from utils.args import defaults
+from utils.args import defaults, words
 from utils.errors import visible
 
 SCORES = {
@@ -22,7 +20,7 @@ SCORES = {
 RATES = {  # the flags that a noise listens to
     "symmetric": ("noise_rate",), "persistent": ("noise_rate",), "group": ("noise_rate",),
     "length": ("noise_rate",), "asymmetric": ("false_negative_rate", "false_positive_rate"),
-    "gaussian": ("noise_sigma",), "majority-vote": ("vote_samples",),
+    "gaussian": ("noise_rate",), "majority-vote": ("vote_samples",),
 }  # fmt: skip
 TEXT = """---
 {data}
@@ -52,6 +50,8 @@ def model_card(args: Any, name: str, update: int, rows: list[dict[str, Any]], pr
     """README.md of the policy of run `name`, whose metrics are `rows` and which has `problems` held
     out, with the front matter of the Hugging Face hub. A model in a local folder has no id there,
     so that it is named in the text alone."""
+    from huggingface_hub import ModelCardData  # takes a while: imported where it is used
+
     script = Path(sys.argv[0]).name
     data = ModelCardData(
         base_model=None if os.path.isdir(args.model) else args.model,
@@ -71,9 +71,7 @@ def model_card(args: Any, name: str, update: int, rows: list[dict[str, Any]], pr
         update=update,
         script=script,
         command=command(args, script),
-        task=f"dialogue, {args.schema}"
-        if args.task == "dialogue"
-        else f"{args.task}, {args.dataset}",
+        task=f"{args.task}, {args.dataset}",
         reward=args.reward_fn or args.reward_model or "the task's own rule",
         noise=", ".join([args.noise, *noise]),
         versions=", ".join(versions),
@@ -85,17 +83,11 @@ def model_card(args: Any, name: str, update: int, rows: list[dict[str, Any]], pr
 def command(args: Any, script: str) -> str:
     """The command line of a new run with these flags, those that are the defaults left out."""
     usual = vars(type(args)(**defaults(type(args), args.task))) | {"task": type(args).task}
-    words = ["python", script]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if value == usual[field.name] or field.name in ("run_name", "resume", "config"):
-            continue
-        flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    differing = {
+        k: x for k, x in given.items() if x != usual[k] and k not in ("run_name", "resume")
+    }
+    return shlex.join(["python", script, *words(differing)])
 
 
 def scores(rows: list[dict[str, Any]], problems: int) -> str:

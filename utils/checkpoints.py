@@ -16,16 +16,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
 
-from utils import ranks
-from utils.errors import stop
+from utils.errors import first_line, stop
 from utils.files import parse
-from utils.models import first_line, has_adapters, save_merged, save_policy
-from utils.ranks import by_first, like, whole
+from utils.models import has_adapters, save_merged, save_policy
+from utils.scale import processes
+from utils.scale.processes import by_first
+from utils.scale.sharding import like, whole
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,7 +77,7 @@ def save_checkpoint(
 
 
 def held_elsewhere(name: str) -> str:
-    """The name in the files of a weight of `ranks.Head`, which is the decoder's."""
+    """The name in the files of a weight of `processes.Head`, which is the decoder's."""
     return re.sub(r"^.*\.lm_head\.", "lm_head.", name)
 
 
@@ -108,8 +109,7 @@ def restore(folder: Path, state: dict[str, Any], policy, critic, optimizer) -> d
     try:
         restore_policy(policy, folder, state)
         if critic is not None:
-            old = state.get("critic")  # of a version that kept no critic/
-            restore_critic(critic, old or kept_weights(folder.with_name("critic"), critic))
+            restore_critic(critic, kept_weights(folder.with_name("critic"), critic))
         restore_optimizer(optimizer, state["optimizer"])
         scales = state["scale"].items()
         return {name: pair and (float(pair[0]), float(pair[1])) for name, pair in scales}
@@ -136,7 +136,7 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
         return
     saved = state.get("policy")
     if saved is None:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
         if lacks := sorted(told["missing_keys"]):
@@ -157,16 +157,18 @@ def restore_critic(critic: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest."""
+    """`load_state_dict`, which looks at the number of parameters alone, and a look at the rest. The
+    learning rates are those of the flags, which may be other ones now."""
     before = [dict(group) for group in optimizer.param_groups]
-    own = [parameter for group in before for parameter in group["params"]]
-    for i, moments in saved["state"].items() if ranks.SHARDED else ():
-        moments |= {key: like(x, own[i]) for key, x in moments.items() if x.dim()}
+    parameters = [parameter for group in before for parameter in group["params"]]
+    for i, moments in saved["state"].items() if processes.SHARDED else ():
+        moments |= {key: like(x, parameters[i]) for key, x in moments.items() if x.dim()}
     optimizer.load_state_dict(saved)
     for mine, group in zip(before, optimizer.param_groups, strict=True):
-        own = mine.keys() - {"params", "lr"}
-        if group["name"] != mine["name"] or any(group.get(k, mine[k]) != mine[k] for k in own):
+        settings = mine.keys() - {"params", "lr"}
+        if any(group.get(key, mine[key]) != mine[key] for key in settings):
             raise ValueError("its optimizer has other settings")
+        group["lr"] = mine["lr"]
     if len({frozenset(moments) for moments in optimizer.state.values()}) > 1:
         raise ValueError("its optimizer lacks moments")
     for parameter, moments in optimizer.state.items():
@@ -229,7 +231,7 @@ def save_critic(
     critic.json: script, update and flags."""
     folder.mkdir()
     head = {name: x.cpu().contiguous() for name, x in state.items()}
-    if critic.backbone is not None:
+    if "backbone" in dict(critic.named_children()):
         own = [name for name in head if name.startswith("backbone.") and "lora_" not in name]
         backbone = {name.removeprefix("backbone."): head.pop(name) for name in own}
         save_merged(critic.backbone, folder, torch.float32, backbone)
@@ -246,7 +248,7 @@ def kept_weights(folder: Path, critic: nn.Module) -> dict[str, Tensor]:
     head = {name: x for name, x in head.items() if "lora_" not in name}
     if not (folder / "config.json").exists():
         return head
-    backbone, told = AutoModel.from_pretrained(
+    backbone, told = transformers.AutoModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     if lacks := sorted(told["missing_keys"]):
@@ -292,7 +294,7 @@ def start_critic(critic: nn.Module, args: Any) -> nn.Module:
         other = script_of(flag, folder).Critic
         if inspect.getsource(other) != inspect.getsource(type(critic)):
             stop(f"{flag} {folder}: {made['script']}.py made it, whose Critic is not {script}.py's")
-    same = ["critic_backbone", "quantile_heads", "quantiles"]  # no weight's size tells these
+    same = ["quantile_heads", "quantiles"]  # of which the weights have the product alone
     for name in same + ["lora_rank", "model"] * bool(args.lora_rank):  # adapters to frozen weights
         if made.get(name) != getattr(args, name, None):
             stop(f"{flag} {folder}: it was made with --{name.replace('_', '-')} {made.get(name)}")

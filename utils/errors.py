@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import NoReturn
 
 # what moves a terminal's cursor, colours it or turns its text round
@@ -86,7 +85,7 @@ def one_sentence(kind: type, error: BaseException, trace: object) -> None:
 
 
 def begin() -> None:
-    """What a command does first, before its imports: Ctrl-C and SIGTERM are one line; a character
+    """What a command does first: Ctrl-C and SIGTERM are one line; a character
     that the terminal lacks is no reason to end; a stdout that cannot be written shows at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
@@ -95,10 +94,7 @@ def begin() -> None:
     sys.excepthook = one_sentence
 
 
-# Python was started for a script beside utils/, or as `python -m utils.…`, whose name is -m until
-# it is found; whoever else imports utils keeps handlers of his own.
-started = Path(sys.argv[0])
-if str(started) == "-m" or (
-    started.is_file() and started.resolve().parent == Path(__file__).resolve().parents[1]
-):
-    begin()
+def first_line(error: Exception) -> str:
+    """What an error says, or at least its kind."""
+    words = re.sub(r"\s+", " ", str(error).strip().split("\n", 1)[0])[:300]
+    return words or type(error).__name__

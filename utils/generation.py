@@ -5,18 +5,17 @@ What is saved: a prompt that stands several times in a batch is read once; rows 
 leave the batch; the cache of keys and values grows in place; and as the log-probabilities are kept,
 no further pass of the policy has to find them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from utils import ranks
 from utils.keyed import generator
-from utils.tensors import rows_at_once
+from utils.scale import processes
+from utils.scale.sharding import gathered
+from utils.tensors import precision, rows_at_once
 
 ROOM = 32  # tokens by which a cache grows at a time
 EOS_EVERY = {"cuda": 8}  # steps between two looks at who has ended, which wait for the GPU; else 1
@@ -112,20 +111,6 @@ def choose(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-@contextmanager
-def casts_kept(policy: nn.Module) -> Iterator[None]:
-    """Autocast keeps the casts of weights that are trained, and makes those of frozen ones (during
-    --critic-warmup) anew for every token: here it keeps them too."""
-    frozen = [p for p in policy.parameters() if p.dtype == torch.float32 and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def generate(
     policy,
     chat,
@@ -135,30 +120,27 @@ def generate(
     at_once: int | None = None,
 ) -> list[Answer]:
     """The policy's answer to every prompt, of at most max_new_tokens (each prompt may have a limit
-    of its own); `at_once` prompts in a batch (default: all)."""
+    of its own); `at_once` prompts in a batch (default: all). Several processes decode a share of
+    each batch."""
     answers = []
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if prompts and hasattr(policy, "engine"):  # --rollout-engine
         return policy.engine.generate(policy, chat, prompts, limits, temperature)
     size = at_once or len(prompts) or 1
-    with ranks.gathered(policy), casts_kept(policy):
+    whole = gathered(policy) if processes.SHARDED else nullcontext()
+    with whole, precision(policy.device):
         for start in range(0, len(prompts), size):
-            some = slice(start, start + size)
-            answers += generate_batch(policy, chat, prompts[some], limits[some], temperature)
+            batch = range(start, min(start + size, len(prompts)))
+            mine, found, steps = processes.share(len(batch)), [], 0
+            if mine:
+                places = torch.tensor(mine, device=policy.device)
+                some, room = [prompts[start + i] for i in mine], [limits[start + i] for i in mine]
+                found, steps = decode(policy, chat, some, places, len(batch), room, temperature)
+            if processes.RANKS > 1:
+                processes.adopt_generator(steps, policy.device)
+                found = [answer for part in processes.gather(found) for answer in part]
+            answers += found
     return answers
-
-
-def generate_batch(
-    policy, chat, prompts: list[list[int]], limits: list[int], temperature: float
-) -> list[Answer]:
-    """The policy's answer to every prompt of a batch. Several processes decode a share each."""
-    mine, answers, steps = ranks.share(len(prompts)), [], 0
-    if mine:
-        rows = torch.tensor(mine, device=policy.device)
-        some, room = [prompts[i] for i in mine], [limits[i] for i in mine]
-        answers, steps = decode(policy, chat, some, rows, len(prompts), room, temperature)
-    ranks.adopt_generator(steps, policy.device)
-    return [answer for part in ranks.gather(answers) for answer in part]
 
 
 @torch.no_grad()
@@ -253,3 +235,11 @@ def decode(
     columns = (answers.tolist(), logprobs.tolist(), entropy.tolist(), lengths.tolist())
     found = [Answer(a[:n], p[:n], e[:n], [0.0] * n) for a, p, e, n in zip(*columns, strict=True)]
     return found, steps
+
+
+def answer(
+    policy, chat, conversations: list[list[dict[str, str]]], tokens: int, temperature: float
+) -> list[str]:
+    """The policy's next turn in every conversation, as text."""
+    rows = [chat.conversation_ids(messages) for messages in conversations]
+    return [chat.decode(row.tokens) for row in generate(policy, chat, rows, tokens, temperature)]

@@ -18,18 +18,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from utils import ranks
 from utils.card import model_card
 from utils.checkpoints import load_checkpoint, restore, save_checkpoint
-from utils.errors import leave, silence, stop, visible
+from utils.errors import first_line, leave, silence, stop, visible
 from utils.files import claim, make_folder, read_metrics, read_rows, write_atomically, writing
-from utils.models import first_line
-from utils.ranks import by_first, from_first
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from utils.scale import processes
+from utils.scale.processes import by_first, from_first
 
 SHOWN = {
     "eval/accuracy": "acc {:.3f}",
@@ -67,7 +61,7 @@ class Run:
                 f"{self.folder} or choose another name"
             )
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        del flags["resume"], flags["config"]
+        del flags["resume"]
         self.flags = {"script": script, **flags}
         self.tracker = by_first(start_tracker)(args, self.folder, flags)
         self.rows: list[dict[str, Any]] = []
@@ -179,7 +173,7 @@ class Run:
         if update % self.args.save_every == 0 or last or leaving:
             state = {"optimizer": optimizer.state_dict()}
             state["scale"] = {self.args.reward_model: env.scale}
-            ranks.check_equal(policy, critic)
+            processes.check_equal(policy, critic)
             card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
             models = (policy, critic, env.chat.tokenizer)
             save_checkpoint(self.folder, update, *models, state, self.flags, card)
@@ -190,13 +184,13 @@ class Run:
 
     def asked_to_leave(self) -> bool:
         """Whether any of the processes has had a signal; all of them ask."""
-        self.interrupt = max(ranks.gather(self.interrupt), key=lambda number: number or 0)
+        self.interrupt = max(processes.gather(self.interrupt), key=lambda number: number or 0)
         return self.interrupt is not None
 
     def request_stop(self, number: int, _frame: Any) -> None:
         """The first SIGTERM or Ctrl-C lets the update finish; a second one leaves at once."""
         now = time.monotonic()
-        if ranks.RANKS > 1 and now - self.asked < 5:
+        if processes.RANKS > 1 and now - self.asked < 5:
             return  # torchrun passes on what a scheduler has sent to its processes as well
         if self.interrupt is not None:
             leave(number)
@@ -211,7 +205,7 @@ class Run:
         together, as torchrun ends the others with the first that leaves."""
         self.close()
         self.print(f"stopped {when}, saved; continue with --resume {self.folder}")
-        ranks.gather(None)
+        processes.gather(None)
         sys.exit(128 + self.interrupt)
 
     def close(self) -> None:
@@ -262,7 +256,7 @@ def start_tracker(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
     """A run of wandb, or of trackio, whose calls are the same; None for --track none."""
     if args.track == "none":
         return None
-    names = {"project": args.track_project, "name": folder.name, "config": flags}
+    names = {"project": "vrpo", "name": folder.name, "config": flags}
     own = {"wandb": {"dir": str(folder)}, "trackio": {"resume": "allow", "embed": False}}
     advice = {
         "wandb": "WANDB_MODE=offline needs neither account nor network",
@@ -275,14 +269,3 @@ def start_tracker(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
     except Exception as error:  # no key, no network, a bad mode: it has a class for each
         reason = " ".join(str(error).split())[:300]
         stop(f"--track {args.track}: it did not start ({reason}); {advice[args.track]}")
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the CUDA allocator on a GPU, else of the whole process; NaN where the
-    system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -24,8 +24,8 @@ import torch
 import tyro
 
 from assets.make.tiny_math import Row, Training, make_tokenizer, train
-from utils.world.goals import Goal, Service, domain, draw_goal, load_schema, side, spoken
-from utils.world.user import User, first_message
+from utils.dialogue.goals import Goal, Service, domain, draw_goal, load_schema, side, spoken
+from utils.dialogue.user import User, first_message
 
 SCHEMA = Path("assets/data/tiny_dialogue")
 

@@ -28,8 +28,8 @@ SMALL = {
 }  # fmt: skip
 DIALOGUE = {"task": "dialogue", "max_turns": 4, "max_new_tokens": 40}
 CASES = {
-    "ppo_baseline": [{"lora_rank": 4}, {"critic_backbone": "shared", "critic_warmup": 1}],
-    "vrpo_math": [{}, {"bottleneck_layers": 2}, {"task": "science", "noise": "majority-vote"}],
+    "ppo_baseline": [{"lora_rank": 4}, {"kl_coef": 0.1}],
+    "vrpo_math": [{}, {"task": "science", "noise": "majority-vote"}],
     "vrpo_dialogue": [DIALOGUE, DIALOGUE | {"reward_per": "turn"}],
     "grpo_baseline": [{"truncated": "mask", "max_new_tokens": 30}, {"max_turns": 2}],
     "dvpo_math": [{}],

@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from utils.world.goals import Goal, load_goals, load_schema, read_json, spoken  # noqa: E402
-from utils.world.user import User, asked_slots, outcome  # noqa: E402
+from utils.dialogue.goals import Goal, load_goals, load_schema, read_json, spoken  # noqa: E402
+from utils.dialogue.user import User, asked_slots, outcome  # noqa: E402
 
 
 @dataclass

@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from utils import tensors  # noqa: E402
-from utils.run import peak_memory_gb  # noqa: E402
+from utils.metrics import peak_memory_gb  # noqa: E402
 
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen2.5-0.5B": (151_936, 896)}
 UPDATES = [
@@ -54,10 +54,11 @@ def measure(head_name: str, tokens: int, at_once: int, device: torch.device) -> 
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).to(device)
     head.weight.grad = torch.zeros_like(head.weight)
-    hidden = torch.randn(tokens, width, device=device, requires_grad=True)
-    targets = torch.randint(vocabulary, (tokens,), device=device)
+    hidden = torch.randn(1, tokens, width, device=device, requires_grad=True)
+    part = {"tokens": torch.randint(vocabulary, (1, tokens), device=device)}
+    part["cells"] = torch.arange(tokens, device=device)
     held, start = peak_memory_gb(device), time.perf_counter()
-    logprobs, entropy = tensors.logprobs_and_entropy(head, hidden, targets, 1.0)
+    logprobs, entropy = tensors.logprobs_and_entropy(head, hidden, part, temperature=1.0)
     (logprobs.mean() + entropy.mean()).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

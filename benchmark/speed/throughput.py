@@ -212,10 +212,14 @@ def watch(module, clock: Clock, turns) -> None:
 
     def noticed(args, scores, episodes, update):
         observed = observe(args, scores, episodes, update)
-        done = [(*e.tokens, reward) for e, reward in zip(episodes, observed.tolist(), strict=True)]
+        answers = [
+            [token for token, mine in zip(e.tokens, e.chosen, strict=True) if mine]
+            for e in episodes
+        ]
+        done = [(*ids, r) for ids, r in zip(answers, observed.tolist(), strict=True)]
         turns.report = {
-            "answers": [e.length for e in episodes],
-            "prompts": [len(e.tokens) - e.length for e in episodes],
+            "answers": [len(ids) for ids in answers],
+            "prompts": [len(e.problem.prompt_ids) for e in episodes],
             "digest": hash(tuple(done)),
         }
         return observed
@@ -238,11 +242,11 @@ def run_script(spec: dict) -> None:
         module.main(module.Args(**flags_of(spec), **flags))
 
 
-def told(script, args, env, completions: list[list[int]], update: int) -> list[float]:
-    """What a script tells its optimiser of completions (token ids) to the problems of an update."""
+def observed_rewards(script, args, env, completions: list[list[int]], update: int) -> list[float]:
+    """What a script's optimiser sees of completions (token ids) to the problems of an update."""
     from utils.generation import Answer
 
-    episodes = [env.begin(problem) for problem in env.problems(update)]
+    episodes = [script.Episode(problem) for problem in env.problems(update)]
     for episode, ids in zip(episodes, completions, strict=True):
         episode.say(Answer(ids, *[[0.0] * len(ids)] * 3), env.chat)
     scores = env.score(episodes, env.grade(episodes))
@@ -264,12 +268,12 @@ def run_trl(spec: dict) -> None:
     from utils.keyed import seed_torch
     from utils.models import keep_freed_memory
 
-    vars(masking_utils).update(own)  # without what the scripts change in transformers
     if spec["system"] == "trl-malloc":
         keep_freed_memory()
     args = script.Args(**flags_of(spec))
     device = torch.device(args.device)
-    policy, chat = script.load_policy(args.model, device, system=args.system_prompt)
+    policy, chat = script.start_policy(args, device)
+    vars(masking_utils).update(own)  # without what the scripts change in transformers
     env = script.Environment(args, chat, device)
     texts = [
         chat.tokenizer.decode(problem.prompt_ids, clean_up_tokenization_spaces=False)
@@ -300,7 +304,9 @@ def run_trl(spec: dict) -> None:
     watch(script, clock, turns)
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=lambda completion_ids, **_: told(script, args, env, completion_ids, update),
+        reward_funcs=lambda completion_ids, **_: observed_rewards(
+            script, args, env, completion_ids, update
+        ),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=chat.tokenizer,

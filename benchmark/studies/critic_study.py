@@ -30,22 +30,18 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import dvpo_math as dvpo  # noqa: E402
 import ppo_baseline as ppo  # noqa: E402
-import robust_ppo_baseline as robust  # noqa: E402
-import vrpo_math as vrpo  # noqa: E402
-from benchmark.jobs import RESULTS, Task, digest, make  # noqa: E402
+from benchmark.jobs import RESULTS, Task, digest, make, module_of  # noqa: E402
 from benchmark.report import markdown, renew  # noqa: E402
 from utils.errors import stop  # noqa: E402
+from utils.files import write_atomically  # noqa: E402
 from utils.keyed import permutation, row_seeds, seed_torch  # noqa: E402
-from utils.models import load_policy, pick_device  # noqa: E402
+from utils.metrics import advantage_noise, explained_variance  # noqa: E402
+from utils.models import set_up, start_policy  # noqa: E402
 from utils.report import style  # noqa: E402
-from utils.report.metrics import advantage_noise, explained_variance  # noqa: E402
-from utils.run import write_atomically  # noqa: E402
-from utils.tensors import micro_batches, pack, take, turn_ends  # noqa: E402
+from utils.tensors import Batch, micro_batches, turn_ends  # noqa: E402
 from utils.world.environment import Environment  # noqa: E402
 
-CPU = torch.device("cpu")
 CACHE = Path("runs") / "critic_study"
 KEY = ["part", "critic", "setting", "noise", "seed", "digest"]
 WHERE = {"noise": "symmetric", "model": "assets/tiny_math", "dataset": "assets/data/tiny_math"}
@@ -57,23 +53,23 @@ NO_TERMS = {
 }
 NO_WORDS = {"lambda_ent": 0.0, "lambda_ppl": 0.0}
 ONCE = (("epochs", 1),)
-# name: script, flags
+# name: script, flags; "recipe" is one that is applied to the script
 CRITICS = {
-    "plain": (ppo, {}),
-    "bottleneck": (vrpo, NO_WORDS),
-    "semantic": (vrpo, {"bottleneck_layers": 0}),
-    "VRPO": (vrpo, {}),
-    "quantile": (dvpo, NO_TERMS),
-    "DVPO": (dvpo, {}),
-    "ensemble-min": (robust, {}),
-    "contamination": (robust, {"worst_case": "contamination"}),
-    "conservative": (robust, {"worst_case": "conservative"}),
+    "plain": ("ppo_baseline", {}),
+    "bottleneck": ("vrpo_math", NO_WORDS),
+    "semantic": ("vrpo_math", {"recipe": "bottleneck_layers", "bottleneck_layers": 0}),
+    "VRPO": ("vrpo_math", {}),
+    "quantile": ("dvpo_math", NO_TERMS),
+    "DVPO": ("dvpo_math", {}),
+    "ensemble-min": ("robust_ppo_baseline", {}),
+    "contamination": ("robust_ppo_baseline", {"worst_case": "contamination"}),
+    "conservative": ("robust_ppo_baseline", {"worst_case": "conservative"}),
 }
 # Tuning: five settings for each critic, the default, a lower learning rate, another lambda of the
 # targets and two of its own.
 COMMON = [{}, {"critic_learning_rate": 5e-4}, {"critic_lambda": 1.0}]
 SEARCH = {
-    "plain": [{"value_clip": 0.2}, {"head_learning_rate": 3e-3}],
+    "plain": [{"recipe": "value_clip", "value_clip": 0.2}, {"head_learning_rate": 3e-3}],
     "bottleneck": [{"beta": 0.01}, {"beta_warmup": 1}],
     "semantic": [{"lambda_ent": 0.03, "lambda_ppl": 0.03}, {"lambda_ent": 0.0}],
     "VRPO": [{"beta": 0.01}, {"lambda_ent": 0.03, "lambda_ppl": 0.03}],
@@ -86,7 +82,7 @@ SEARCH = {
 # Changes of one part of VRPO; without bottleneck, without semantic losses and without both it is a
 # critic of its own above.
 VRPO_PARTS = {
-    "two bottleneck layers": {"bottleneck_layers": 2},
+    "two bottleneck layers": {"recipe": "bottleneck_layers", "bottleneck_layers": 2},
     "beta 0.0003": {"beta": 0.0003},
     "beta 0.01": {"beta": 0.01},
     "beta 0.1": {"beta": 0.1},
@@ -96,7 +92,7 @@ VRPO_PARTS = {
     "20 % of the tokens": {"token_ratio": 0.2},
     "50 % of the tokens": {"token_ratio": 0.5},
     "100 % of the tokens": {"token_ratio": 1.0},
-    "learned LM head": {"lm_head": "learned"},
+    "learned LM head": {"recipe": "learned_lm_head"},
     "lambda 0.5 (the paper's)": {"lambda_ent": 0.5, "lambda_ppl": 0.5},
 }
 
@@ -156,65 +152,77 @@ def fits(seeds: tuple[int, ...]) -> list[Fit]:
     return jobs
 
 
-def flags_of(job: Fit, where: dict) -> dict:
-    own = CRITICS[job.critic][1] | dict(job.flags)
-    return where | {"noise_rate": job.noise, "seed": job.seed} | own
+def asked(job: Fit, where: dict) -> tuple[str, dict, tuple[str, ...]]:
+    """Script, flags and recipes of a fit."""
+    script, own = CRITICS[job.critic]
+    flags = where | {"noise_rate": job.noise, "seed": job.seed} | own | dict(job.flags)
+    recipe = flags.pop("recipe", None)
+    return script, flags, (recipe,) if recipe else ()
 
 
 def key(job: Fit, where: dict) -> tuple:
     """What a fit is called, and a digest of all that it depends on but the code."""
-    script, flags = CRITICS[job.critic][0].__name__, tuple(flags_of(job, where).items())
-    made_by = digest(script, flags, job.rollouts, job.passes)
+    script, flags, recipes = asked(job, where)
+    made_by = digest(script, tuple(flags.items()), job.rollouts, job.passes, recipes=recipes)
     return job.part, job.critic, job.setting, job.noise, job.seed, made_by
 
 
 def text(flags: dict) -> str:
-    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in flags.items()) or "default"
+    words = [f"--{k.replace('_', '-')} {v}" for k, v in flags.items() if k != "recipe"]
+    return " ".join(words) or "default"
 
 
 def rollouts(model: str, dataset: str, seed: int, count: int):
     """The policy, and `count` + FRESH episodes of it, four to a prompt: batch, clean rewards,
     prompt keys. Kept on disk."""
-    pick_device("cpu")
-    policy, chat = load_policy(model, CPU)
-    file = CACHE / f"{Path(model).name}_{Path(dataset).name}_{seed}_{count}.pt"
+    args = ppo.Args(
+        model=model, dataset=dataset, seed=seed, prompts_per_update=UPDATE // 4, device="cpu"
+    )
+    device = set_up(args)
+    policy, chat = start_policy(args, device)
+    file = CACHE / f"episodes-{Path(model).name}-{Path(dataset).name}-{seed}-{count}.pt"
     if not file.exists():
-        args = ppo.Args(model=model, dataset=dataset, seed=seed, prompts_per_update=UPDATE // 4)
-        env, episodes = Environment(args, chat, CPU), []
+        env, episodes = Environment(args, chat, device), []
         for update in range((count + FRESH) // UPDATE):
             seed_torch(seed, "rollout", update)
             episodes += ppo.rollout(policy, env, env.problems(update + 1), args, 1.0)
         keys = [e.problem.key for e in episodes]
-        kept = (pack(episodes, chat.pad_id, CPU), env.grade(episodes), keys)
+        kept = (env.pack(episodes), env.grade(episodes), keys)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept, file.with_suffix(f".{os.getpid()}"))
         file.with_suffix(f".{os.getpid()}").rename(file)
-    return policy, chat, *torch.load(file)
+    return policy, *torch.load(file)
+
+
+def take(batch: Batch, rows) -> Batch:
+    """Those rows of a batch."""
+    return {name: x[rows] for name, x in batch.items()}
 
 
 def observed_rewards(
     args, clean: torch.Tensor, keys: list[str], mask: torch.Tensor
 ) -> torch.Tensor:
     """The clean rewards through the script's channel, update by update."""
-    seen, lengths = [], mask.sum(1).tolist()
+    seen = []
     episodes = [
-        SimpleNamespace(problem=SimpleNamespace(key=key), length=length)
-        for key, length in zip(keys, lengths, strict=True)
+        SimpleNamespace(problem=SimpleNamespace(key=key), chosen=chosen)
+        for key, chosen in zip(keys, mask.tolist(), strict=True)
     ]
     for update, start in enumerate(range(0, len(clean), UPDATE)):
-        some = slice(start, start + UPDATE)
-        seen.append(ppo.observe(args, clean[some], episodes[some], update + 1))
+        rows = slice(start, start + UPDATE)
+        seen.append(ppo.observe(args, clean[rows], episodes[rows], update + 1))
     return torch.cat(seen)
 
 
 def fit(job: Fit, where: dict) -> list[dict]:
     """Rows of measures, in the order in which they were taken."""
-    module = CRITICS[job.critic][0]
-    args = module.Args(**flags_of(job, where))
+    script, flags, recipes = asked(job, where)
+    module = module_of(script, recipes)
+    args = module.Args(**flags)
     count = max(2560, job.rollouts)
-    policy, _, batch, clean, keys = rollouts(where["model"], where["dataset"], job.seed, count)
+    policy, batch, clean, keys = rollouts(where["model"], where["dataset"], job.seed, count)
     observed = observed_rewards(args, clean, keys, batch["mask"])
-    rewards = ppo.place_rewards(observed, batch["mask"])
+    rewards = ppo.place_rewards(observed, batch)
     fresh = torch.arange(len(clean) - FRESH, len(clean))
     seed_torch(job.seed, "critic")
     critic = module.Critic(policy, args)
@@ -225,16 +233,14 @@ def fit(job: Fit, where: dict) -> list[dict]:
     for once in range(job.passes):
         for start in range(0, job.rollouts, UPDATE):
             update += 1
-            chunk = torch.arange(start, start + UPDATE)
-            part = take(batch, chunk)
-            given = rewards[chunk, : part["mask"].shape[1]]
-            train_update(module, policy, critic, optimizer, part, given, args, update)
+            chunk = slice(start, start + UPDATE)
+            train_update(
+                module, critic, optimizer, take(batch, chunk), rewards[chunk], args, update
+            )
             seen = start + UPDATE
             if seen == job.rollouts or (once == 0 and seen in job.measured):
                 fitted = torch.arange(max(0, seen - FRESH), seen)
-                measures = measure(
-                    module, policy, critic, batch, clean, observed, fresh, fitted, args
-                )
+                measures = measure(module, critic, batch, clean, observed, fresh, fitted, args)
                 rows.append({**names, "rollouts": seen, "passes": once + 1, **measures})
     return rows
 
@@ -243,20 +249,14 @@ def fit_to(file: Path, job: Fit, where: dict) -> None:
     write_atomically(file, json.dumps(fit(job, where)))
 
 
-def begin_update(module, optimizer, critic, update: int, args) -> None:
-    """What the script's main() sets at the start of an update; the policy is not in it."""
-    module.schedule(optimizer, update, args)
-    if module is vrpo:
-        critic.beta = args.beta * min(1.0, update / args.beta_warmup)
-
-
 def train_update(
-    module, policy, critic, optimizer, batch: dict, rewards: torch.Tensor, args, update: int
+    module, critic, optimizer, batch: Batch, rewards: torch.Tensor, args, update: int
 ) -> None:
     """7.4 and 7.5 of the script's main(), the policy left out."""
-    begin_update(module, optimizer, critic, update, args)
+    if hasattr(critic, "beta"):
+        critic.beta = args.beta * min(1.0, update / args.beta_warmup)
     batch["seed"] = row_seeds(batch["mask"], args.seed, "latent", update)
-    batch = batch | module.score_tokens(policy, critic, batch, args)
+    batch |= module.score_tokens(critic, batch, args)
     _, targets = module.advantages_and_targets(rewards, batch, args)
     batch |= targets
     unit = batch["returns"][batch["mask"]].var().clamp(min=0.01)
@@ -271,16 +271,13 @@ def train_update(
                     minibatch[f"{key}_weights"] = ppo.token_weights(minibatch[f"{key}_active"])
             optimizer.zero_grad()
             for _, part in micro_batches(minibatch, args.micro_batch_size):
-                features = ppo.hidden_states(critic.backbone, part["inputs"], part["mask"])
-                module.critic_loss(critic, features, part, unit, args)[0].backward()
+                module.critic_loss(critic, part, unit, args)[0].backward()
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
             optimizer.step()
 
 
-def measure(
-    module, policy, critic, batch: dict, clean, observed, fresh, fitted, args
-) -> dict[str, float]:
+def measure(module, critic, batch: Batch, clean, observed, fresh, fitted, args) -> dict[str, float]:
     """On fresh episodes, over tokens: explained variance against clean returns (samples of the
     clean expected ones, so that even those would not reach 1); R^2 of the best line from value to
     clean return, which forgives the shrinking that a symmetric channel asks for; AUC of the last
@@ -294,9 +291,9 @@ def measure(
     batch = batch | {"seed": row_seeds(batch["mask"], args.seed, "measure")}
     part = take(batch, fresh)
     mask, right = part["mask"], clean[fresh]
-    part |= module.score_tokens(policy, critic, part, args)
+    part |= module.score_tokens(critic, part, args)
     values, returns = part["values"], right.unsqueeze(1).expand_as(part["values"])
-    rewards = (ppo.place_rewards(x, mask) for x in (observed[fresh], right))
+    rewards = (ppo.place_rewards(x, part) for x in (observed[fresh], right))
     advantages = [module.advantages_and_targets(x, part, args)[0] for x in rewards]
     ends = {"first": mask & (mask.cumsum(1) == 1), "last": turn_ends(mask)}
     last = values[ends["last"]]
@@ -316,7 +313,7 @@ def measure(
         result[f"r_squared_{name}"] = r_squared(values[state], returns[state])
     part = take(batch, fitted)
     mask, seen, right = part["mask"], observed[fitted].unsqueeze(1), clean[fitted].unsqueeze(1)
-    values = module.score_tokens(policy, critic, part, args)["values"]
+    values = module.score_tokens(critic, part, args)["values"]
     errors = (values - right) ** 2
     flipped = mask & ((seen - right).abs() > 0.5)
     result["noise_fitted"] = noise_fitted(values, seen, right, mask)

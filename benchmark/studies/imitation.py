@@ -1,6 +1,6 @@
 """PPO after a supervised start on the worked solutions of its own training problems: the control of a
-critic that reads them (`vrpo_math.py --critic-reads solution`). What are the solutions worth if
-they are simply imitated?
+critic that reads them (recipes/critic_reads.patch). What are the solutions worth if they are simply
+imitated?
 
     python benchmark/studies/imitation.py --imitation-epochs 8 --train-split 'train[:120]' --noise-rate 0.3
 
@@ -18,7 +18,7 @@ from utils.args import RewardArgs, RunArgs, TaskArgs, parse_args  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.world.solutions import worked  # noqa: E402
 
-SCRIPT = {name: getattr(ppo, name) for name in ("load_policy", "Environment")}
+SCRIPT = {name: getattr(ppo, name) for name in ("start_policy", "Environment")}
 
 
 @dataclass
@@ -39,8 +39,8 @@ def main(args: Args) -> None:
         stop(f"--task {args.task}: only mathematics has worked solutions to imitate")
     kept = []
 
-    def load_policy(*given):
-        kept[:] = SCRIPT["load_policy"](*given)
+    def start_policy(*given):
+        kept[:] = SCRIPT["start_policy"](*given)
         return tuple(kept)
 
     def environment(*given):
@@ -51,7 +51,7 @@ def main(args: Args) -> None:
             imitate(kept[0], env.chat, solutions, *how)
         return env
 
-    ppo.load_policy, ppo.Environment = load_policy, environment
+    ppo.start_policy, ppo.Environment = start_policy, environment
     ppo.main(args)
 
 

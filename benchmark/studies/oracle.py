@@ -26,8 +26,8 @@ from utils.errors import stop  # noqa: E402
 from utils.keyed import coin  # noqa: E402
 
 BEFORE, RIGHT, WRONG = 0.45, 0.97, 0.05
-SCRIPT = {name: getattr(ppo, name) for name in ("rollout", "pack", "score_tokens")}
-ADVANTAGES_AND_TARGETS = ppo.advantages_and_targets
+SEAMS = ("rollout", "score_tokens", "advantages_and_targets")
+SCRIPT = {name: getattr(ppo, name) for name in SEAMS}
 
 
 @dataclass
@@ -68,7 +68,8 @@ def states(episode, chat) -> list[str]:
 
 
 def oracle(args: Args, episode, chat) -> list[float]:
-    """The oracle's value of the state before every token of an episode, 0 where none was chosen."""
+    """The oracle's value of the state before every token behind an episode's prompt, 0 where the
+    policy did not choose it."""
     key = episode.problem.key
     found = []
     for said in states(episode, chat):
@@ -86,31 +87,26 @@ def main(args: Args) -> None:
     if args.noise not in ("none", "symmetric") or args.task != "math":
         stop("the oracle knows the embedded maths problems under --noise none or symmetric")
 
+    said = []  # of the newest episodes that were sampled
+
     def rollout(policy, env, problems, args, temperature):
         episodes = SCRIPT["rollout"](policy, env, problems, args, temperature)
-        for episode in episodes if temperature > 0 else ():
-            episode.oracle = oracle(args, episode, env.chat)
+        if temperature > 0:
+            said[:] = [torch.tensor(oracle(args, episode, env.chat)) for episode in episodes]
         return episodes
 
-    def pack(episodes, pad_id, device):
-        batch = SCRIPT["pack"](episodes, pad_id, device)
-        rows = [torch.tensor(episode.oracle[1:]) for episode in episodes]
-        batch["oracle"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        return batch
-
-    def score_tokens(policy, critic, batch, args):
-        learned = SCRIPT["score_tokens"](policy, critic, batch, args)["values"]
-        return {
-            "learned": learned,
-            "values": torch.lerp(learned, batch["oracle"], args.oracle_share),
-        }
+    def score_tokens(critic, batch, args):
+        learned = SCRIPT["score_tokens"](critic, batch, args)["values"]
+        known = torch.nn.utils.rnn.pad_sequence(said, batch_first=True).to(learned.device)
+        return {"learned": learned, "values": torch.lerp(learned, known, args.oracle_share)}
 
     def advantages_and_targets(rewards, batch, args):
-        advantages, _ = ADVANTAGES_AND_TARGETS(rewards, batch, args)
-        _, targets = ADVANTAGES_AND_TARGETS(rewards, batch | {"values": batch["learned"]}, args)
+        find = SCRIPT["advantages_and_targets"]
+        advantages, _ = find(rewards, batch, args)
+        _, targets = find(rewards, batch | {"values": batch["learned"]}, args)
         return advantages, targets
 
-    for seam in (rollout, pack, score_tokens, advantages_and_targets):
+    for seam in (rollout, score_tokens, advantages_and_targets):
         setattr(ppo, seam.__name__, seam)
     ppo.main(args)
 

@@ -24,24 +24,26 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from assets.make.tiny_dialogue import clerk  # noqa: E402
-from ppo_baseline import hidden_states  # noqa: E402
-from utils.args import TaskArgs  # noqa: E402
+from utils import tensors  # noqa: E402
+from utils.args import DEFAULTS, TaskArgs  # noqa: E402
+from utils.dialogue.user import play  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.files import make_folder  # noqa: E402
 from utils.generation import Answer  # noqa: E402
 from utils.keyed import permutation  # noqa: E402
 from utils.models import load_policy, pick_device, save_policy, trainable  # noqa: E402
-from utils.tensors import cells, logprobs_and_entropy, pack, take  # noqa: E402
+from utils.tensors import hidden_states, logprobs_and_entropy, pack  # noqa: E402
 from utils.world.answers import LETTERS  # noqa: E402
 from utils.world.environment import Episode  # noqa: E402
 from utils.world.tasks import load_task  # noqa: E402
-from utils.world.user import play  # noqa: E402
 
 
 @dataclass
 class Args(TaskArgs):
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """a Hugging Face folder or hub id"""
+    dataset: str | None = None
+    """a folder or hub id, as for the scripts; default: the task's embedded one"""
     max_turns: int = 12
     """dialogue: what the clerk says, at most so often"""
     out: Path = Path("runs/start")
@@ -69,6 +71,9 @@ class Args(TaskArgs):
 
     noise, eval_size = "none", 0  # `load_task` asks for them
 
+    def __post_init__(self):
+        self.dataset = self.dataset or DEFAULTS[self.task]["dataset"]
+
 
 def say(episode: Episode, text: str, chat) -> None:
     tokens = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], min(chat.eos_ids)]
@@ -79,7 +84,6 @@ def say(episode: Episode, text: str, chat) -> None:
 def answered(problem, chat, args: Args) -> Episode:
     """The problem with its own answer."""
     episode = Episode(problem)
-    episode.hear(problem.prompt_ids)
     if args.task == "dialogue":
         rng, turns = random.Random(f"{args.seed} clerk {problem.key}"), []
         user, said = play(problem.answer, turns, args.seed)
@@ -99,26 +103,25 @@ def answered(problem, chat, args: Args) -> Episode:
 
 def imitate(
     policy, chat, episodes: list[Episode], epochs: int, batch_size: int, learning_rate: float,
-    seed: int, dtype: str = "float32",
+    seed: int,
 ) -> float:  # fmt: skip
     """Maximum likelihood of what the episodes say, by AdamW; the mean negative log-likelihood of a
     token, in nats, over the last tenth of the steps."""
-    batch, losses = pack(episodes, chat.pad_id, policy.device), []
-    precision = torch.autocast(policy.device.type, torch.bfloat16, dtype == "bfloat16")
+    losses = []
     optimizer = torch.optim.AdamW(trainable(policy), learning_rate, weight_decay=0.0, fused=True)
     orders = [permutation(len(episodes), seed, "imitation", epoch) for epoch in range(epochs)]
     steps = [rows for order in orders for rows in order.split(batch_size)]
     for rows in track(steps, "imitation", console=Console(stderr=True)):
-        part = take(batch, rows)
-        with precision:
-            hidden = hidden_states(policy.get_decoder(), part["inputs"], part["mask"])
-            tokens = part["targets"][cells(part["mask"])]
-            logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, tokens, 1.0)
+        part = pack([episodes[i] for i in rows], chat.pad_id, policy.device)
+        part["cells"] = part["mask"].flatten().nonzero().squeeze(1)
+        hidden = hidden_states(policy.get_decoder(), part)
+        logprobs, _ = logprobs_and_entropy(policy.lm_head, hidden, part, temperature=1.0)
+        loss = -logprobs.sum() / len(part["cells"])
         optimizer.zero_grad()
-        (-logprobs.mean()).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(trainable(policy), 1.0)
         optimizer.step()
-        losses.append(-logprobs.mean().item())
+        losses.append(loss.item())
     optimizer.zero_grad()
     return mean(losses[-(len(losses) // 10 + 1) :])
 
@@ -129,6 +132,7 @@ def main(args: Args) -> None:
         if getattr(args, flag) < 1:
             stop(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     make_folder("--out", args.out)
+    tensors.HALF = args.dtype == "bfloat16"
     policy, chat = load_policy(
         args.model, pick_device(args.device), system=args.system_prompt, thinking=args.thinking
     )
@@ -136,7 +140,7 @@ def main(args: Args) -> None:
     episodes = [answered(problem, chat, args) for problem in task.train[: args.examples]]
     print(f"{len(episodes)} answers, such as {' / '.join(episodes[0].completions)!r}")
     settings = {k: getattr(args, k) for k in ("epochs", "batch_size", "learning_rate", "seed")}
-    loss = imitate(policy, chat, episodes, dtype=args.dtype, **settings)
+    loss = imitate(policy, chat, episodes, **settings)
     save_policy(policy, args.out)
     chat.tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {loss:.3f} nats a token at the end, {time.time() - start:.0f} s")

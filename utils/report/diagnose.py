@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from utils.args import GROUPED
+from utils.args import GROUPED, command
 from utils.errors import stop, visible
 from utils.report.plot import read_run
 
@@ -80,7 +80,7 @@ class History:
 TRUER = {
     "symmetric": "a lower --noise-rate", "persistent": "a lower --noise-rate", "group": "a lower --noise-rate",
     "length": "a lower --noise-rate", "asymmetric": "a lower --false-positive-rate and --false-negative-rate",
-    "gaussian": "a lower --noise-sigma", "majority-vote": "more --vote-samples or a stronger --model",
+    "gaussian": "a lower --noise-rate", "majority-vote": "more --vote-samples or a stronger --model",
     "random": "another --noise, as nothing can be learnt from this control",
 }  # fmt: skip
 
@@ -126,8 +126,8 @@ def blind_critic(run: History) -> Finding | None:
         return None
     late = run.late(key)
     says = "misleads" if late < -0.02 else "knows nothing"
-    advice = "a higher --critic-learning-rate, --critic-warmup 5"
-    if "beta" in run.flags and run.flags.get("bottleneck_layers"):
+    advice = "a higher --critic-learning-rate, the recipe critic_warmup"
+    if "beta" in run.flags:
         advice += ", a lower --beta or lower --lambda-ent and --lambda-ppl"
     text = f"{key} is {late:.3f} over the last third of the run"
     losses = list(run.metrics.get("losses/value", {}).values())
@@ -140,13 +140,10 @@ def blind_critic(run: History) -> Finding | None:
 
 
 def collapsed_bottleneck(run: History) -> Finding | None:
-    """The code is the prior: nothing passes from the hidden states to the value."""
-    if not run.has("vrpo/ib_kl", "vrpo/latent_std") or not run.flags.get("bottleneck_layers"):
+    """The latent code is the prior: nothing passes from the hidden states to the value."""
+    if not run.has("vrpo/ib_kl") or run.late("vrpo/ib_kl") >= 0.03:
         return None
-    kl, sigma = run.late("vrpo/ib_kl"), run.late("vrpo/latent_std")
-    if kl >= 0.03 or sigma <= 0.95:
-        return None
-    text = f"vrpo/ib_kl is {kl:.4f} nats and vrpo/latent_std {sigma:.2f} over the last third of the run"
+    text = f"vrpo/ib_kl is {run.late('vrpo/ib_kl'):.4f} nats over the last third of the run"
     advice = "a lower --beta or a longer --beta-warmup"
     return Finding(
         "the bottleneck has collapsed to the prior",
@@ -180,18 +177,13 @@ def dominating_kl(run: History) -> Finding | None:
 
 def starved_tokens(run: History) -> Finding | None:
     """The semantic losses act on hardly any token, and the critic forgets the language."""
-    key = "vrpo/perplexity_aux"
-    if not run.has(key, "vrpo/active_tokens") or not (
-        run.flags.get("lambda_ppl") or run.flags.get("lambda_ent")
-    ):
+    key, share = "vrpo/perplexity_aux", run.now("token_ratio", 1.0)
+    weights = run.now("lambda_ppl", 0.0) + run.now("lambda_ent", 0.0)
+    if not run.has(key) or share >= 0.05 or weights == 0:
         return None
-    share = run.late("vrpo/active_tokens")
-    if share >= 0.1:
-        return None
-    text = f"vrpo/active_tokens is {share:.3f} over the last third of the run, {key} {run.late(key):.2f}"
     return Finding(
         "the semantic losses act on hardly any token",
-        text,
+        f"--token-ratio is {share:g}; {key} is {run.late(key):.2f} over the last third of the run",
         next(iter(run.metrics[key])),
         "--token-ratio 0.8",
     )
@@ -370,4 +362,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.diagnose", description=__doc__))
+    main(command(Args, "python -m utils.diagnose", __doc__))

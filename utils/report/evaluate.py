@@ -6,7 +6,7 @@ avg@k, pass@k and maj@k.
     python -m utils.evaluate --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k HuggingFaceH4/MATH-500 \\
         allenai/ai2_arc:ARC-Challenge --max-new-tokens 512 --dtype bfloat16
     python -m utils.evaluate --model DIR --dataset HuggingFaceH4/aime_2024 --samples 16 --temperature 0.7
-    python -m utils.evaluate --critic runs/A/checkpoints/000040/critic  # policy, and what its critic foretells
+    python -m utils.evaluate --critic runs/A/checkpoints/000040/critic  # policy, and what its critic predicts
 
 Prints a table and writes it (results.csv), every completion (completions.jsonl, batch by batch, so
 that Ctrl-C loses none) and the flags (args.json) to --out."""
@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from statistics import mean, stdev
 from typing import Literal, TextIO
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -34,26 +32,20 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from utils.args import DEFAULTS, check_ranges, check_temperature
+from utils.args import DEFAULTS, check_ranges, check_temperature, command
+from utils.chat import Chat
 from utils.checkpoints import origin
+from utils.dialogue.goals import UNSEEN
+from utils.dialogue.task import DialogueTask, load_dialogues
 from utils.errors import stop, visible
 from utils.files import make_folder, write_atomically, writing
 from utils.generation import generate
 from utils.keyed import seed_torch
-from utils.models import Chat, load_policy, pick_device
-from utils.report.values import BINS, KeptCritic, calibration, measures
-from utils.world.data import DATASETS, load_split
+from utils.models import load_policy, pick_device
+from utils.world.data import DATASETS, load_split, split_name
 from utils.world.environment import Episode
-from utils.world.goals import UNSEEN
 from utils.world.problems import Problem, Task
-from utils.world.tasks import (
-    DialogueTask,
-    MathTask,
-    ScienceTask,
-    check_context,
-    load_dialogues,
-    prompt,
-)
+from utils.world.tasks import MathTask, ScienceTask, check_context, prompt
 
 MEASURES = (
     "accuracy",
@@ -123,13 +115,13 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
     """The task of a data set, and its problems."""
     if args.task == "dialogue":
         settings = dict(
-            schema=args.schema, seed=args.seed, train_split="train", test_split=args.test_split
+            dataset=args.schema, seed=args.seed, train_split="train", test_split=args.test_split
         )
         rows = load_dialogues(type("Settings", (), settings))[1]["test"]
         task = DialogueTask([], [], {}, args.seed)
     else:
         name, _, split = name.partition("@")
-        name, config = (name, None) if os.path.exists(name) else (*name.rsplit(":", 1), None)[:2]
+        name, config = split_name(name)
         questions = load_split(args, name, config, split or None, "test", unlabelled=False)
         rows = [
             (q.message, q.conversation, q.answer, q.options)
@@ -172,10 +164,8 @@ def play(
     what = escape(visible(what))  # a bar's text may have markup
     for start in track(range(0, len(order), args.batch_size), description=what):
         live = some = [episodes[i] for i in order[start : start + args.batch_size]]
-        for episode in some:
-            episode.hear(episode.problem.prompt_ids)
         for turn in range(turns):
-            prompts = [episode.tokens for episode in live]
+            prompts = [episode.prompt + episode.tokens for episode in live]
             answers = generate(policy, chat, prompts, args.max_new_tokens, temperature)
             following = []
             for episode, answer in zip(live, answers, strict=True):
@@ -193,11 +183,11 @@ def play(
 
 
 def write(
-    file: TextIO, name: str, task: Task, args: Args, critic: KeptCritic | None, told: dict, how: str,
+    file: TextIO, name: str, task: Task, args: Args, critic, judgements: dict, how: str,
     some: list[Episode],
 ) -> None:  # fmt: skip
-    """Episodes as lines of completions.jsonl; `told` collects verdicts, and the critic's values of
-    first and last states."""
+    """Episodes as lines of completions.jsonl; `judgements` collects verdicts, and the values of first
+    and last states, by `critic`, a KeptCritic or None."""
     ends = critic.ends(some) if critic else [()] * len(some)
     with writing(Path(file.name)):
         for e, values in zip(some, ends, strict=True):
@@ -205,7 +195,7 @@ def write(
             right = task.grade(e.problem, judged(e, args))
             line |= {"finished": e.finished, "right": right}
             line |= dict(zip(("first value", "last value"), values, strict=False))
-            told.setdefault((name, how), []).append((right, *values))
+            judgements.setdefault((name, how), []).append((right, *values))
             file.write(json.dumps(line) + "\n")
         file.flush()
 
@@ -299,12 +289,14 @@ def write_table(file: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def show_critic(out: Path, told: dict, console: Console) -> list[str]:
-    """Print and write how the critic's values foretell the verdicts; returns the files' names."""
+def show_critic(out: Path, judgements: dict, console: Console) -> list[str]:
+    """Print and write how well the critic's values predict the verdicts; returns the files' names."""
+    from utils.report.values import BINS, calibration, measures  # loads scipy
+
     rows, bins = [], []
-    places = [(*key, state) for key in told for state in ("last", "first")]
+    places = [(*key, state) for key in judgements for state in ("last", "first")]
     for name, how, state in places:
-        right, first, last = torch.tensor(told[name, how]).float().T
+        right, first, last = torch.tensor(judgements[name, how]).float().T
         values = last if state == "last" else first
         place = {"data set": name, "decoding": how, "state": state}
         rows.append(place | measures(values, right))
@@ -356,7 +348,11 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     policy, chat = load_policy(model, device, system=args.system_prompt, thinking=args.thinking)
     policy = policy.to(getattr(torch, args.dtype))
-    critic = KeptCritic(args.critic, device) if args.critic else None
+    critic = None
+    if args.critic:
+        from utils.report.values import KeptCritic
+
+        critic = KeptCritic(args.critic, device)
     if critic and critic.chat.tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         stop(f"--critic {args.critic}: its tokens are not those of --model {model}")
     loaded = {
@@ -368,7 +364,7 @@ def main(args: Args) -> None:
         key: str(value) if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(args).items()
     }
-    rows, told = [], {}
+    rows, judgements = [], {}
     with writing(out):
         out.mkdir(exist_ok=True)
         write_atomically(out / "args.json", json.dumps(flags | {"model": model}, indent=1))
@@ -376,7 +372,7 @@ def main(args: Args) -> None:
     with file:
         for name, (task, problems) in loaded.items():
             run = partial(play, policy, chat, task)
-            keep = partial(write, file, name, task, args, critic, told)
+            keep = partial(write, file, name, task, args, critic, judgements)
             greedy = run(problems, args, 0.0, f"{name}, greedy", partial(keep, "greedy"))
             rows += greedy_rows(name, task, greedy, args)
             if args.samples:
@@ -407,9 +403,9 @@ def main(args: Args) -> None:
     console.print(table)
     files = ["results.csv", "completions.jsonl"]
     if critic:
-        files += show_critic(out, told, console)
+        files += show_critic(out, judgements, console)
     console.print(visible(f"{out}: {', '.join(files)}"))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.evaluate", description=__doc__))
+    main(command(Args, "python -m utils.evaluate", __doc__))

@@ -4,10 +4,9 @@ from rich.text import Text
 
 from utils.errors import visible
 from utils.files import read_rows
-from utils.ranks import by_first
 from utils.report.diagnose import sentences
 from utils.report.plot import plot_runs
-from utils.run import Run
+from utils.scale.processes import by_first
 
 HEADLINES = {
     "eval/accuracy": "clean held-out accuracy",
@@ -16,7 +15,7 @@ HEADLINES = {
 
 
 @by_first
-def finish(run: Run) -> None:
+def finish(run) -> None:
     """Close a run: draw its curves, and print what it has done."""
     run.close()
     picture = plot_runs([run.folder], run.folder / "curves.png")
@@ -39,7 +38,7 @@ def finish(run: Run) -> None:
         run.print(Text(f"  {command}  ").append(f"# {what}", style="dim"), soft_wrap=True)
 
 
-def held_out_problem(run: Run) -> None:
+def held_out_problem(run) -> None:
     """A problem that was wrong at the start and is right now, else the first one, with both
     answers."""
     rows = read_rows(run.folder / "samples.jsonl")
@@ -58,28 +57,28 @@ def held_out_problem(run: Run) -> None:
         run.print(Text(f"  {name}, {verdict}: ").append(said_so, style="cyan"))
 
 
-def training_episodes(run: Run) -> None:
+def training_episodes(run) -> None:
     """Two episodes of the last transcripts, one of them misjudged if there is such a one."""
     rows = read_rows(run.folder / "transcripts.jsonl")
     if not rows:
         return
     rows = [row for row in rows if row["update"] == rows[-1]["update"]]
     for row in rows:
-        row["told"] = sum(row["tokens"]["rewards"])
+        row["observed"] = sum(row["tokens"]["rewards"])
         row["truth"] = row["outcome"].get("accuracy", row["outcome"].get("average"))
-        row["flipped"] = (row["told"] > 0.5) != (row["truth"] > 0.5)
+        row["flipped"] = (row["observed"] > 0.5) != (row["truth"] > 0.5)
     chosen = [next((row for row in rows if row["flipped"] == flipped), None) for flipped in (0, 1)]
     run.print(
         Text("\nTraining episodes", style="bold").append(" of the last update", style="not bold")
     )
     for row in filter(None, chosen):
         answer = visible(indented(row["messages"][-1]["content"]))
-        told = f"told {row['told']:.2g}, truth {row['truth']:.2g}"
-        told = Text(told, style="bold red" if row["flipped"] else "green")
-        run.print(Text("  ").append(told).append(f": {answer}"))
+        verdict = f"observed {row['observed']:.2g}, truth {row['truth']:.2g}"
+        verdict = Text(verdict, style="bold red" if row["flipped"] else "green")
+        run.print(Text("  ").append(verdict).append(f": {answer}"))
 
 
-def print_curve(run: Run, name: str, curve: dict[int, float]) -> None:
+def print_curve(run, name: str, curve: dict[int, float]) -> None:
     """One bar for each evaluation, ten at most."""
     values = list(curve.values())
     run.print(f"\n{name}", style="bold")

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from utils.args import command
 from utils.errors import stop, visible
 from utils.files import check_file, read_flags, read_metrics, writing
 from utils.report import style
@@ -130,4 +131,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.plot", description=__doc__))
+    main(command(Args, "python -m utils.plot", __doc__))

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from utils.args import check_ranges
+from utils.args import check_ranges, command
 from utils.errors import stop, visible
 from utils.files import check_file, writing
 from utils.files import read_rows as read_jsonl
@@ -40,9 +40,9 @@ label { margin-right: 16px; white-space: nowrap; }
 h2 { font-size: 15px; margin: 26px 0 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .run { display: grid; grid-template-columns: 15em 1fr; gap: 4px 14px; margin: 10px 0; }
 .name { overflow-wrap: anywhere; }
-.told { display: inline-block; padding: 0 8px; border: 1px solid #bbb; border-radius: 11px; }
-.told.wrong { background: #b3261e; border-color: #b3261e; color: #fff; font-weight: bold; }
-.told, small { font-size: 13px; }
+.verdict { display: inline-block; padding: 0 8px; border: 1px solid #bbb; border-radius: 11px; }
+.verdict.wrong { background: #b3261e; border-color: #b3261e; color: #fff; font-weight: bold; }
+.verdict, small { font-size: 13px; }
 pre { margin: 0; font: 14px/24px ui-monospace, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre span { color: #777; }
@@ -106,9 +106,9 @@ def pick(
     prompts = [q for q in next(iter(chosen.values())) if all(q in rows for rows in chosen.values())]
     if not prompts:
         stop("the runs have no question in common at that update; runs with the same seed do")
-    told = [q for q in prompts if any(misjudged(rows[q]) for rows in chosen.values())]
-    quiet = [q for q in prompts if q not in told]
-    mixed = [q for pair in zip_longest(told, quiet) for q in pair if q is not None]
+    wrong = [q for q in prompts if any(misjudged(rows[q]) for rows in chosen.values())]
+    quiet = [q for q in prompts if q not in wrong]
+    mixed = [q for pair in zip_longest(wrong, quiet) for q in pair if q is not None]
     return [(q, {name: rows[q] for name, rows in chosen.items()}) for q in mixed[:count]]
 
 
@@ -117,24 +117,27 @@ def add_critic(groups: list[tuple[str, dict[str, dict]]], folder: Path) -> None:
     from utils.models import pick_device  # loads transformers, which a page alone does not need
     from utils.report.values import KeptCritic
     from utils.world.environment import Episode
+    from utils.world.problems import Problem
 
     critic = KeptCritic(folder, pick_device("auto"))
     for _, rows in groups:
         lines = list(rows.items())
         rows.clear()
         for name, row in lines:
-            table, ids = row["tokens"], row.get("ids")
+            table = row["tokens"]
             try:
-                known = [critic.chat.tokenizer.decode(i) for i in ids[1:]] == table["text"]
-            except (TypeError, ValueError, OverflowError):
+                known = [critic.chat.tokenizer.decode(i) for i in table["ids"]] == table["text"]
+                problem = Problem("", None, list(row["prompt"]))
+            except (LookupError, TypeError, ValueError, OverflowError):
                 known = False
             if not known:
                 stop(
                     f"--critic {folder}: its tokens are not those of {name} (another tokenizer, or "
                     "transcripts of an older version, without the tokens' numbers)"
                 )
-            nothing, chosen = [0.0] * len(ids), [False, *table["chosen"]]
-            (values,) = critic.values([Episode(None, ids, chosen, nothing, nothing)])
+            nothing = [0.0] * len(table["ids"])
+            said = Episode(problem, table["ids"], table["chosen"], nothing, nothing, nothing)
+            (values,) = critic.values([said])
             shown = {key: table[key] for key in ("text", "chosen", "rewards")}
             shown["values"] = [round(value, 4) for value in values]
             rows[name] = row
@@ -157,7 +160,7 @@ def misjudged(row: dict) -> bool:
 
 
 def ending(row: dict) -> str:
-    return f"told {observed(row):.3g}, truth {clean(row):.3g}"
+    return f"observed {observed(row):.3g}, truth {clean(row):.3g}"
 
 
 def answer(row: dict) -> list[int]:
@@ -215,7 +218,7 @@ def page(groups: list, colors: list[str]) -> str:
             lacks = [color for color in colors if color not in row["tokens"]]
             body.append(
                 f"<div class=run><div class=name><b>{html.escape(name)}</b> "
-                f"<span class='told{' wrong' * misjudged(row)}'>{ending(row)}</span>"
+                f"<span class='verdict{' wrong' * misjudged(row)}'>{ending(row)}</span>"
                 + "".join(f"<small class='legend {color}'>no {color}</small>" for color in lacks)
                 + f"</div><pre>{line(row, painters)}</pre></div>"
             )
@@ -380,4 +383,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.tokens", description=__doc__))
+    main(command(Args, "python -m utils.tokens", __doc__))

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from utils.args import check_ranges
 from utils.checkpoints import fill, origin, script_of
-from utils.errors import stop
+from utils.errors import first_line, stop
 from utils.keyed import row_seeds
-from utils.models import first_line, load_policy
-from utils.report.metrics import explained_variance
+from utils.metrics import explained_variance
+from utils.models import load_policy
 from utils.tensors import pack
 from utils.world.environment import Episode
 
@@ -33,10 +33,6 @@ class KeptCritic:
             known = self.script.Args.__dataclass_fields__
             self.args = self.script.Args(**{k: v for k, v in flags.items() if k in known})
             check_ranges(self.args)
-            if getattr(self.args, "critic_reads", "nothing") != "nothing":
-                stop(
-                    f"{flag} {folder}: it reads worked solutions, which this command does not have"
-                )
             self.critic = self.script.Critic(self.policy, self.args).to(device)
         except Exception as error:  # a foreign file can be anything
             stop(f"{flag} {folder}: critic.json does not fit its script ({first_line(error)})")
@@ -44,29 +40,29 @@ class KeptCritic:
 
     @torch.no_grad()
     def values(self, episodes: list[Episode]) -> list[list[float]]:
-        """For each token of an episode but the first the value of the state before it, 0 where the
+        """For each token behind an episode's prompt the value of the state before it, 0 where the
         policy did not choose it."""
         found, size = [], self.args.rollout_batch_size
         for start in range(0, len(episodes), size):
             some = episodes[start : start + size]
             batch = pack(some, self.chat.pad_id, self.policy.device)
             batch["seed"] = row_seeds(batch["mask"], self.args.seed, "kept critic", start)  # VRPO's
-            scores = self.script.score_tokens(self.policy, self.critic, batch, self.args)
+            scores = self.script.score_tokens(self.critic, batch, self.args)
             for row, episode in zip(scores["values"].tolist(), some, strict=True):
-                found.append(row[: len(episode.tokens) - 1])
+                found.append(row[: len(episode.tokens)])
         return found
 
     def ends(self, episodes: list[Episode]) -> list[tuple[float, float]]:
         """Values of an episode's first state, where nothing is said yet, and of its last."""
         found = []
         for episode, values in zip(episodes, self.values(episodes), strict=True):
-            said = [v for v, chosen in zip(values, episode.chosen[1:], strict=True) if chosen]
+            said = [v for v, chosen in zip(values, episode.chosen, strict=True) if chosen]
             found.append((said[0], said[-1]))
         return found
 
 
 def measures(values: Tensor, right: Tensor) -> dict[str, float]:
-    """How well values (N,) foretell verdicts (N,) of 0 and 1. AUC: the chance that of a right and a
+    """How well values (N,) predict verdicts (N,) of 0 and 1. AUC: the chance that of a right and a
     wrong answer the right one has the larger value. ECE: the mean distance between value and share
     of right answers over the bins of `calibration`. NaN where all verdicts are equal."""
     good, bad = values[right > 0.5], values[right <= 0.5]

@@ -15,14 +15,9 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List, ReadInstruction, Value, load_dataset
-from datasets.utils.logging import disable_progress_bar
-
-from utils.errors import stop
-from utils.models import first_line
+from utils.errors import first_line, stop
 from utils.world.answers import LETTERS
 
-disable_progress_bar()
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 BLANKS = re.compile(r"\s*")
 # Options that lean on others: by letter ("Both A and B"), or as a summary ("All of the above").
@@ -130,6 +125,11 @@ class Question:
         return "\n\n".join(message["content"] for message in self.conversation)
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """NAME or NAME:CONFIG as name and configuration (None: the usual one)."""
+    return (name, None) if os.path.exists(name) else (*name.rsplit(":", 1), None)[:2]
+
+
 def lay_out(question: str, options: Sequence[str]) -> str:
     """A question as the user asks it: a line for every option, if there are any."""
     return "\n".join(
@@ -140,12 +140,15 @@ def lay_out(question: str, options: Sequence[str]) -> str:
     )
 
 
-Rows = Dataset | list[dict[str, Any]]
+Rows = Sequence[dict[str, Any]]  # a list, or a Dataset of the library
 
 
 def load_rows(name: str, config: str | None, split: str, flag: str) -> Rows:
     """A split of a hub data set, of a local folder (`<split>` with one of ENDINGS, below `config` if
     given) or of one local file. `split` may carry a slice, as in train[:90%]."""
+    import datasets  # takes a second: imported where it is used
+
+    datasets.disable_progress_bars()
     stem, path = split.split("[", 1)[0], Path(name)
     try:
         if not name.strip():
@@ -153,7 +156,7 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> Rows:
         if not os.path.exists(name):
             if name.startswith((".", "/", "~")) or name.count("/") > 1:
                 stop(f"--dataset {name}: no such file or folder")
-            return as_written(load_dataset(name, config, split=split))
+            return as_written(datasets.load_dataset(name, config, split=split))
         if path.is_dir():
             files = [f for f in sorted(Path(name, config or "").glob(f"{stem}.*")) if ending(f)]
             if not files:
@@ -165,10 +168,10 @@ def load_rows(name: str, config: str | None, split: str, flag: str) -> Rows:
                 )
             path = files[0]
         if ending(path) == ".parquet":
-            data = load_dataset("parquet", data_files={stem: str(path)}, split=split)
+            data = datasets.load_dataset("parquet", data_files={stem: str(path)}, split=split)
             return as_written(data)
         rows = read_file(path)
-        parts = ReadInstruction.from_spec(split).to_absolute({stem: len(rows)})
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({stem: len(rows)})
         return [row for part in parts for row in rows[part.from_ : part.to]]
     except UnicodeDecodeError as error:
         stop(f"--dataset {path}: it is not UTF-8 ({error}); iconv -f latin1 -t utf-8 converts it")
@@ -211,8 +214,10 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_written(rows: Dataset) -> Dataset:
+def as_written(rows: Rows) -> Rows:
     """float32 columns as the shortest texts that mean them: 0.1, and not 0.10000000149."""
+    from datasets import List, Value
+
     for name, feature in rows.features.items():
         inner = getattr(feature, "feature", feature)  # of a list
         if getattr(inner, "dtype", "") in ("float16", "float32"):

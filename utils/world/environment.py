@@ -6,21 +6,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from utils import ranks
 from utils.errors import stop
 from utils.generation import Answer
-from utils.tensors import Batch, turn_ends
+from utils.scale.processes import from_first
+from utils.tensors import Batch, pack, turn_ends
 from utils.world.problems import Problem
-from utils.world.reward_fn import RewardFunction
-from utils.world.reward_model import load_reward_model, on_reward_scale
 from utils.world.tasks import load_task
-from utils.world.votes import majority_vote
 
 
 @dataclass
 class Episode:
-    """One conversation: its tokens, which of them the policy chose and out of which distribution,
-    and the policy's answers."""
+    """One conversation: the tokens behind its prompt, which of them the policy chose and out of
+    which distribution, and the policy's answers."""
 
     problem: Problem
     tokens: list[int] = field(default_factory=list)
@@ -33,6 +30,10 @@ class Episode:
     """the last answer ended with EOS"""
 
     @property
+    def prompt(self) -> list[int]:
+        return self.problem.prompt_ids
+
+    @property
     def length(self) -> int:
         """Tokens that the policy chose."""
         return sum(self.chosen)
@@ -40,29 +41,23 @@ class Episode:
     def branch(self, length: int, answer: Answer, chat) -> "Episode":
         """Another end of an episode of one turn: `answer` follows its first `length` tokens, and
         both are the new episode's one answer."""
-        kept = slice(len(self.problem.prompt_ids), length)
         parts = zip(Answer._fields, answer, strict=True)
         branch = Episode(self.problem)
-        branch.hear(self.problem.prompt_ids)
-        branch.say(Answer(*(getattr(self, name)[kept] + new for name, new in parts)), chat)
+        branch.say(Answer(*(getattr(self, name)[:length] + new for name, new in parts)), chat)
         return branch
 
     def hear(self, tokens: list[int]) -> None:
-        """Tokens of the prompt or of the user: nothing that the policy chose."""
-        nothing = [0.0] * len(tokens)
+        """Tokens of the user's: nothing that the policy chose."""
         self.tokens += tokens
         self.chosen += [False] * len(tokens)
-        self.logprobs += nothing
-        self.entropy += nothing
-        self.gap += nothing
+        for numbers in (self.logprobs, self.entropy, self.gap):
+            numbers += [0.0] * len(tokens)
 
     def say(self, answer: Answer, chat) -> None:
         """The policy's next answer."""
-        self.tokens += answer.tokens
         self.chosen += [True] * len(answer.tokens)
-        self.logprobs += answer.logprobs
-        self.entropy += answer.entropy
-        self.gap += answer.gap
+        for name, new in zip(Answer._fields, answer, strict=True):
+            getattr(self, name).extend(new)
         self.completions.append(chat.decode(answer.tokens))
         self.finished = answer.tokens[-1] in chat.eos_ids
 
@@ -76,10 +71,15 @@ class Environment:
         self.args, self.chat, self.device = args, chat, device
         self.task = load_task(args, chat)
         self.held_out = self.task.test[: args.eval_size]
-        self.reward_model = None
+        self.reward_model = self.reward_fn = None
         if args.reward_model:
+            from utils.dialogue.reward_model import load_reward_model
+
             self.reward_model = load_reward_model(args.reward_model, device, args.micro_batch_size)
-        self.reward_fn = RewardFunction(args.reward_fn) if args.reward_fn else None
+        if args.reward_fn:
+            from utils.world.reward_fn import RewardFunction
+
+            self.reward_fn = RewardFunction(args.reward_fn)
         self.scale: tuple[float, float] | None = None
         self.labels: dict[str, str] = {}
 
@@ -95,12 +95,6 @@ class Environment:
         args = self.args
         different = self.task.batch(args.seed, update, args.prompts_per_update)
         return [problem for problem in different for _ in range(args.samples_per_prompt)]
-
-    def begin(self, problem: Problem) -> Episode:
-        """An episode that has its prompt and nothing else."""
-        episode = Episode(problem)
-        episode.hear(problem.prompt_ids)
-        return episode
 
     def reply(self, episodes: list[Episode]) -> list[Episode]:
         """The user's next words are added; returns the episodes that go on. One ends where the user
@@ -126,10 +120,10 @@ class Environment:
 
     def grade(self, episodes: list[Episode]) -> Tensor:
         """The truth (B,): 1 right, 0 wrong, NaN where no reference is known."""
-        grades = ranks.from_first(
+        verdicts = from_first(
             lambda: [self.task.grade(e.problem, self.judged(e)) for e in episodes]
         )
-        return torch.tensor(grades, device=self.device)
+        return torch.tensor(verdicts, device=self.device)
 
     def score(self, episodes: list[Episode], clean: Tensor) -> Tensor:
         """What the judge says (B,), before noise: the reward model's score on the scale of 0 and 1,
@@ -139,21 +133,22 @@ class Environment:
             return self.score_turns(episodes, "episode")[:, -1]
         if self.reward_fn:
             asked = [(*self.task.asked(e.problem), e.completions) for e in episodes]
-            found = ranks.from_first(lambda: self.reward_fn.scores(asked))
+            found = from_first(lambda: self.reward_fn.scores(asked))
             if isinstance(found, str):
                 self.reward_fn.stop(found)
             return self.limited(torch.tensor(found, device=self.device), episodes)
         if self.labels:
-            labelled = [
-                replace(e, problem=replace(e.problem, answer=self.labels[e.problem.key]))
-                for e in episodes
-            ]
-            return self.grade(labelled)
+            labels = [replace(e.problem, answer=self.labels[e.problem.key]) for e in episodes]
+            return self.grade(
+                [replace(e, problem=label) for e, label in zip(episodes, labels, strict=True)]
+            )
         return clean
 
     def score_turns(self, episodes: list[Episode], per: str = "turn") -> Tensor:
         """The reward model's scores (B, K) up to each of the last K turns, the whole episode's in
         the last column; K = 1 for `per` "episode"."""
+        from utils.dialogue.reward_model import on_reward_scale
+
         raw = self.reward_model.score_episodes(self.task, episodes, per).to(self.device)
         scored = sum(min(raw.shape[1], len(e.completions)) for e in episodes)
         if raw.isfinite().sum() < scored:  # NaN stands where an episode has no such turn
@@ -172,19 +167,26 @@ class Environment:
         """(B,) bool: not cut off."""
         return torch.tensor([e.finished for e in episodes], device=self.device)
 
-    def counted(self, mask: Tensor, episodes: list[Episode]) -> Tensor:
-        """The mask (B, T); with --truncated mask, without the episodes that were cut off."""
-        if self.args.truncated != "mask":
-            return mask
-        mask = mask & self.finished(episodes).unsqueeze(1)
-        if mask.sum() < 2:
-            stop(
-                "all answers were cut off and --truncated mask leaves none; raise --max-new-tokens"
-            )
-        return mask
+    def pack(self, episodes: list[Episode]) -> Batch:
+        """The episodes as tensors, in the layout of utils/tensors.py. With --truncated mask nothing
+        counts as chosen in those that were cut off."""
+        batch = pack(episodes, self.chat.pad_id, self.device)
+        if self.args.truncated == "mask":
+            batch["mask"] &= self.finished(episodes).unsqueeze(1)
+            if batch["mask"].sum() < 2:
+                stop(
+                    "all answers were cut off and --truncated mask leaves none; raise "
+                    "--max-new-tokens"
+                )
+        return batch
 
-    def vote(self, play: Callable[[list[Problem]], list[Episode]], run) -> None:
-        """--noise majority-vote: what `play` answers most often takes the references' place."""
+    def prepare(self, play: Callable[[list[Problem]], list[Episode]], run) -> None:
+        """What the judge needs before the first update: for --noise majority-vote the answers that
+        `play`, the initial policy, gives most often, in the place of the references."""
+        if self.args.noise != "majority-vote":
+            return
+        from utils.world.votes import majority_vote
+
         args = self.args
         first_epoch = -(-len(self.task.train) // args.prompts_per_update)  # has every problem
         updates = range(1, min(args.updates, first_epoch) + 1)
@@ -193,12 +195,12 @@ class Environment:
         ]
         self.labels = majority_vote(play, self.task, visited, args, run)
 
-    # ---- what is told of episodes ----
+    # ---- what is reported of episodes ----
 
     def measure(self, episodes: list[Episode]) -> dict[str, float]:
         """The task's own measures."""
         pairs = [(e.problem, self.judged(e)) for e in episodes]
-        return ranks.from_first(lambda: self.task.measure(pairs))
+        return from_first(lambda: self.task.measure(pairs))
 
     def evaluate(self, episodes: list[Episode]) -> dict[str, float]:
         """The measures of held-out episodes as eval/<name>."""
@@ -214,19 +216,20 @@ class Environment:
 
     def transcripts(self, episodes: list[Episode], batch: Batch) -> list[dict]:
         """One episode of every prompt, as rows of transcripts.jsonl: what was said, reward and
-        value at the end of each turn, the true outcome, and the grids of every token."""
+        value at the end of each turn, the true outcome, and numbers for every token behind the
+        prompt."""
         rows = []
         for i in range(0, len(episodes), self.args.samples_per_prompt):
-            episode, size = episodes[i], len(episodes[i].tokens) - 1
+            episode, size = episodes[i], len(episodes[i].tokens)
             ends = turn_ends(batch["mask"][i : i + 1])[0]
             row = {
                 key: batch[key][i][ends].tolist() for key in ("rewards", "values") if key in batch
             }
             row["messages"] = self.task.messages(episode.problem, episode.completions)
             row["outcome"] = self.measure([episode])
-            text = [self.chat.tokenizer.decode(token) for token in episode.tokens[1:]]
-            row["ids"] = episode.tokens  # one more than texts: the first is never predicted
-            row["tokens"] = {"text": text, "chosen": episode.chosen[1:]}
+            row["prompt"] = episode.prompt
+            text = [self.chat.tokenizer.decode(token) for token in episode.tokens]
+            row["tokens"] = {"ids": episode.tokens, "text": text, "chosen": episode.chosen}
             for key in ("values", "advantages", "entropy", "rewards"):
                 if key in batch:
                     row["tokens"][key] = batch[key][i, :size].double().round(decimals=4).tolist()

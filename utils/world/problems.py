@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 
@@ -18,12 +17,6 @@ class Problem:
     options: tuple[str, ...] = ()
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
-    """The permutation of range(size) in which an epoch visits the problems."""
-    return random.Random(f"{seed} order {epoch}").sample(range(size), size)
-
-
 class Task:
     """What the tasks have in common.
 
@@ -37,8 +30,10 @@ class Task:
     def batch(self, seed: int, update: int, size: int) -> list[Problem]:
         """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed
         and epoch alone."""
-        problems = []
-        for position in range((update - 1) * size, update * size):
-            epoch, index = divmod(position, len(self.train))
-            problems.append(self.train[epoch_order(seed, epoch, len(self.train))[index]])
+        problems, count = [], len(self.train)
+        first, last = (update - 1) * size, update * size
+        for epoch in range(first // count, (last - 1) // count + 1):
+            order = random.Random(f"{seed} order {epoch}").sample(range(count), count)
+            start = epoch * count
+            problems += [self.train[i] for i in order[max(first - start, 0) : last - start]]
         return problems

@@ -14,8 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import stop
-from utils.models import first_line
+from utils.errors import first_line, stop
 
 WANTED = "give MODULE:FUNCTION, such as rewards:short for short() in ./rewards.py"
 

@@ -1,13 +1,13 @@
 """What a critic may read that the policy may not: how far an answer has kept to the problem's worked
-solution (`vrpo_math.py --critic-reads solution`; an asymmetric critic, Pinto et al. 2017)."""
+solution (recipes/critic_reads.patch; an asymmetric critic, Pinto et al. 2017)."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from utils import ranks
 from utils.generation import Answer
-from utils.tensors import Batch, cells, micro_batches, pack
+from utils.scale.processes import add_up
+from utils.tensors import Batch, hidden_states, micro_batches, pack
 from utils.world.environment import Episode
 
 SHARPNESS = 20  # a cosine of 0.9, as strangers may have it, counts 0.12
@@ -19,7 +19,6 @@ def worked(problem, chat, longest: int) -> Episode:
     tokens = [*tokens, min(chat.eos_ids)][:longest]
     nothing = [0.0] * len(tokens)
     episode = Episode(problem)
-    episode.hear(problem.prompt_ids)
     episode.say(Answer(tokens, nothing, nothing, nothing), chat)
     return episode
 
@@ -31,29 +30,14 @@ def kept_to_solution(reference, chat, episodes: list[Episode], batch: Batch, arg
     those along the solution, to the 20th power, and of these the smallest so far. It is exactly 1
     while the answer repeats the solution's words. Costs a pass of the reference over the
     episodes and one over their solutions."""
-    decoder, grid = reference.get_decoder(), torch.zeros_like(batch["logprobs"])
+    decoder, kept = reference.get_decoder(), torch.zeros_like(batch["logprobs"])
     for rows, part in micro_batches(batch, args.micro_batch_size):
         solutions = [worked(episodes[i].problem, chat, args.max_new_tokens) for i in rows.tolist()]
-        other = pack(solutions, chat.pad_id, grid.device)
-        said, solved = (
-            normalize(
-                decoder(input_ids=x["inputs"], use_cache=False).last_hidden_state.float(), dim=-1
-            )
-            for x in (part, other)
-        )
-        with torch.autocast(grid.device.type, enabled=False):  # a power of 20 needs float32
-            cosines = said @ solved.mT  # (b, T, S)
+        other = pack(solutions, chat.pad_id, kept.device)
+        said, solved = (normalize(hidden_states(decoder, x), dim=-1) for x in (part, other))
+        cosines = said @ solved.mT  # (b, T, S)
         nearest = cosines.masked_fill(~other["mask"].unsqueeze(1), 0.0).amax(-1)
         nearest = nearest.clamp(0, 1).masked_fill(~part["mask"], 1.0).cummin(1).values
-        grid[rows, : nearest.shape[1]] = torch.where(part["mask"], nearest**SHARPNESS, 0.0)
-    ranks.add_up(grid)
-    return grid
-
-
-def with_reading(features: Tensor, part: Batch) -> Tensor:
-    """The critic's hidden states (N, D) of a part of a batch; if it reads, `kept` (N,) beside them,
-    (N, D + 1), times sqrt(D), so that it weighs as much as a hidden state."""
-    if "kept" not in part:
-        return features
-    kept = part["kept"][cells(part["mask"])].unsqueeze(1)
-    return torch.cat([features, features.shape[1] ** 0.5 * kept], dim=1)
+        kept[rows, : nearest.shape[1]] = torch.where(part["mask"], nearest**SHARPNESS, 0.0)
+    add_up(kept)
+    return kept

@@ -6,16 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import ranks
 from utils.errors import stop
 from utils.files import read_rows, write_atomically, writing
 from utils.keyed import seed_torch
-from utils.run import Run
+from utils.scale import processes
 from utils.world.problems import Problem, Task
 
 
 def majority_vote(
-    play: Callable[[list[Problem]], list], task: Task, problems: list[Problem], args, run: Run
+    play: Callable[[list[Problem]], list], task: Task, problems: list[Problem], args, run
 ) -> dict[str, str]:
     """Labels by the key of their problem: the most frequent final answer of `--vote-samples`
     episodes, sampled by `play`; "" where none of them has one. Reports the share of votes that the
@@ -23,9 +22,9 @@ def majority_vote(
     pseudo_labels.jsonl in the run's folder keeps the votes, batch by batch: a batch that stands
     there is not sampled again, and one that was cut off gives the same votes once more."""
     file = run.folder / "pseudo_labels.jsonl"
-    rows = ranks.from_first(lambda: read_votes(file, args.vote_samples))
+    rows = processes.from_first(lambda: read_votes(file, args.vote_samples))
     problems = list({problem.key: problem for problem in problems}.values())
-    write = ranks.by_first(write_atomically)
+    write = processes.by_first(write_atomically)
     write(file, "".join(json.dumps(row) + "\n" for row in rows.values()))
     batch = max(1, args.rollout_batch_size // args.vote_samples)
     for start in range(0, len(problems), batch):
@@ -67,7 +66,7 @@ def majority_vote(
     return labels
 
 
-@ranks.by_first
+@processes.by_first
 def append(file: Path, rows: dict[str, dict]) -> None:
     with writing(file), file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows.values())

@@ -2,7 +2,7 @@
 Schema-Guided Dialogue (https://github.com/google-research-datasets/dstc8-schema-guided-dialogue),
 drawn from the schema or read from its dialogues.
 
-A folder given to `--schema` holds one folder for each split, as the original does, or is itself the
+A schema is a folder that holds one folder for each split, as the original does, or is itself the
 only one. A split is `schema.json` and, optionally, `dialogues_*.json`. With dialogues, their
 annotation gives the goals and the users' own words; without, goals are drawn from the schema's
 categorical values."""
@@ -111,7 +111,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        stop(f"--schema {file}: not readable as JSON ({error})")
+        stop(f"schema {file}: not readable as JSON ({error})")
 
 
 def load_schema(folder: Path) -> dict[str, Service]:
@@ -134,7 +134,7 @@ def load_schema(folder: Path) -> dict[str, Service]:
             services[name] = Service(name, intents, values)
     except (KeyError, TypeError) as error:
         stop(
-            f"--schema {folder / 'schema.json'}: not in the format of Schema-Guided Dialogue (missing {error})"
+            f"schema {folder / 'schema.json'}: not in the format of Schema-Guided Dialogue (missing {error})"
         )
     return services
 
@@ -143,7 +143,7 @@ def load_goals(folder: Path, train_split: str, test_split: str) -> dict[str, lis
     """Goals for "train" and "test", from the split folders below `folder` or, if it has none, from
     `folder` itself, where the digest of a goal's values says to which of the two it belongs."""
     if not folder.is_dir():
-        stop(f"--schema {folder}: no such folder")
+        stop(f"schema {folder}: no such folder")
     single = (folder / "schema.json").exists()
     folders = {
         "train": folder if single else folder / train_split,
@@ -151,7 +151,7 @@ def load_goals(folder: Path, train_split: str, test_split: str) -> dict[str, lis
     }
     for flag, split in folders.items():
         if not (split / "schema.json").exists():
-            stop(f"--schema {folder}, --{flag}-split: there is no {split / 'schema.json'}")
+            stop(f"schema {folder}, --{flag}-split: there is no {split / 'schema.json'}")
     seen = load_schema(folders["train"])
     goals: dict[str, list[Goal]] = {}
     for split, where in folders.items():
@@ -166,7 +166,7 @@ def load_goals(folder: Path, train_split: str, test_split: str) -> dict[str, lis
         else:
             goals[split] = draw_goals(services, seen, split, DRAWN[split])
         if not goals[split]:
-            stop(f"--schema {where}: no goal could be made of it")
+            stop(f"schema {where}: no goal could be made of it")
     return goals
 
 
@@ -206,7 +206,7 @@ def draw_goals(
             goals.append(goal)
     if len(goals) < count:
         stop(
-            f"--schema: too few different goals for {split} can be drawn from its services: {len(goals)} of {count}"
+            f"schema: too few different goals for {split} can be drawn from its services: {len(goals)} of {count}"
         )
     return goals
 
@@ -230,7 +230,7 @@ def draw_subgoal(intent: Intent, service: Service, rng: random.Random) -> Subgoa
     for slot in (*intent.required, *intent.optional, *intent.results):
         if not service.values.get(slot):
             stop(
-                f"--schema: slot {slot} of {service.name} has no possible values to draw from, and there are no dialogues"
+                f"schema: slot {slot} of {service.name} has no possible values to draw from, and there are no dialogues"
             )
     slots = intent.required + tuple(s for s in intent.optional if rng.random() < 0.5)
     values = {slot: (rng.choice(service.values[slot]),) for slot in slots}
@@ -262,7 +262,7 @@ def annotated_goals(
             goals += [goal] if goal else []
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         stop(
-            f"--schema {file}: not in the format of Schema-Guided Dialogue ({type(error).__name__}: {error})"
+            f"schema {file}: not in the format of Schema-Guided Dialogue ({type(error).__name__}: {error})"
         )
     return goals
 

@@ -16,9 +16,9 @@ nothing.
 import re
 from dataclasses import dataclass, field
 
+from utils.dialogue.goals import ANY, Goal, Intent, Subgoal, spoken, statement
 from utils.keyed import coin
 from utils.world.answers import after_thinking
-from utils.world.goals import ANY, Goal, Intent, Subgoal, spoken, statement
 
 # useless turns of the assistant that the user bears in a dialogue; after one more, the user leaves
 PATIENCE = 3

@@ -6,16 +6,15 @@ log-probabilities are pi_old and its entropy is what vLLM does not tell. How far
 """
 
 import importlib.util
-import math
 import os
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
-from utils import ranks, tensors
+from utils import tensors
 from utils.errors import stop
 from utils.generation import Answer
+from utils.scale import processes
 
 INSTALL = "pip install vllm==0.30.0, or without a GPU as docs/scaling.md says"
 KV_CACHE = 2**31  # bytes
@@ -30,18 +29,15 @@ SETTINGS = {
 
 def check_engine(args) -> None:
     """Refuse --rollout-engine vllm where it is not to be had."""
-    if args.rollout_engine == "own":
-        return
-    if ranks.RANKS > 1 or args.lora_rank > 0:
+    if processes.RANKS > 1 or args.lora_rank > 0:
         stop("--rollout-engine vllm: for one process, and without --lora-rank")
     if importlib.util.find_spec("vllm") is None:
         stop(f"--rollout-engine vllm: it is not installed ({INSTALL})")
 
 
 def start_engine(policy, args) -> None:
-    """With --rollout-engine vllm, whatever asks this policy for answers is answered by vLLM."""
-    if args.rollout_engine == "vllm":
-        policy.engine = Engine(start_vllm(args), args.micro_batch_size, MOST[args.dtype])
+    """From now on whatever asks this policy for answers is answered by vLLM."""
+    policy.engine = Engine(start_vllm(args), args.micro_batch_size, MOST[args.dtype])
 
 
 def start_vllm(args):
@@ -112,40 +108,24 @@ class Engine:
         Stops where the two are further apart than rounding explains."""
         rows = []
         for prompt, tokens, logprobs in zip(prompts, drawn, theirs, strict=True):
-            nothing, known = [0.0] * len(prompt), [0.0] * len(tokens)
-            chosen = [False] * len(prompt) + [True] * len(tokens)
-            grids = {"logprobs": nothing + logprobs, "entropy": nothing + known}
-            grids |= {"gap": grids["entropy"], "chosen": chosen}
-            rows.append(SimpleNamespace(tokens=list(prompt) + tokens, **grids))
+            nothing = [0.0] * len(tokens)
+            row = {"prompt": list(prompt), "tokens": tokens, "chosen": [True] * len(tokens)}
+            rows.append(SimpleNamespace(**row, logprobs=logprobs, entropy=nothing, gap=nothing))
         batch = tensors.pack(rows, chat.pad_id, policy.device)
-        own = {name: torch.zeros_like(batch["entropy"]) for name in ("logprobs", "entropy")}
+        own = torch.zeros(2, *batch["mask"].shape, device=policy.device)
         for where, part in tensors.micro_batches(batch, self.size):
-            mask, inputs = part["mask"], part["inputs"]
-            hidden = policy.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
-            found = tensors.logprobs_and_entropy(
-                policy.lm_head, hidden[tensors.cells(mask)],
-                part["targets"][tensors.cells(mask)], temperature,
-            )  # fmt: skip
-            for grid, values in zip(own.values(), found, strict=True):
-                tensors.put(grid, where, values, mask)
-        gap = own["logprobs"] - batch["logprobs"]
+            hidden = tensors.hidden_states(policy.get_decoder(), part)
+            found = tensors.logprobs_and_entropy(policy.lm_head, hidden, part, temperature)
+            own[:, where, : part["mask"].shape[1]] = torch.stack(found)
+        gap = (own[0] - batch["logprobs"]) * batch["mask"]
         mean = gap[batch["mask"]].abs().mean().item()
         if not mean <= self.most:
             stop(
                 f"--rollout-engine vllm: its log-probabilities are {mean:.3g} nats a token away from "
                 f"the policy's, at most {self.most} is rounding: it samples from another model"
             )
-        columns = [x.tolist() for x in (own["logprobs"], own["entropy"], gap)]
-        places = [
-            slice(len(p) - 1, len(p) - 1 + len(a)) for p, a in zip(prompts, drawn, strict=True)
-        ]
+        columns = [x.tolist() for x in (*own, gap)]
         return [
-            Answer(tokens, *(column[i][place] for column in columns))
-            for i, (tokens, place) in enumerate(zip(drawn, places, strict=True))
+            Answer(tokens, *(column[i][: len(tokens)] for column in columns))
+            for i, tokens in enumerate(drawn)
         ]
-
-
-def truncated_ratios(batch: tensors.Batch, args) -> Tensor:
-    """min(pi_old / pi_engine, --rollout-ratio-cap) of every token (B, T), by which advantages are
-    multiplied, as the engine did the sampling (Ionides 2008). 1 for own decoding."""
-    return batch["gap"].clamp(max=math.log(args.rollout_ratio_cap)).exp()

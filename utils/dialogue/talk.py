@@ -1,8 +1,8 @@
 """Dialogues to look at: be the user of an assistant, watch the simulated one, or read a run's.
 
-    python -m utils.dialogue                             # be the user of the embedded assistant
-    python -m utils.dialogue --play 3                    # watch three dialogues
-    python -m utils.dialogue --sample runs/A             # a run's: rewards, outcome, values
+    python -m utils.talk                             # be the user of the embedded assistant
+    python -m utils.talk --play 3                    # watch three dialogues
+    python -m utils.talk --sample runs/A             # a run's: rewards, outcome, values
 
 As the user you see your goal first; an empty line ends the dialogue.
 """
@@ -11,16 +11,16 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
-from utils.args import check_ranges
+from utils.args import check_ranges, command
+from utils.dialogue.task import DialogueTask
+from utils.dialogue.user import User, first_message, outcome
 from utils.errors import stop, visible
 from utils.files import read_rows
-from utils.models import answer, load_policy, pick_device
+from utils.generation import answer
+from utils.models import load_policy, pick_device
 from utils.world.problems import Problem
-from utils.world.tasks import DialogueTask
-from utils.world.user import User, first_message, outcome
 
 
 @dataclass
@@ -143,4 +143,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.dialogue", description=__doc__))
+    main(command(Args, "python -m utils.talk", __doc__))

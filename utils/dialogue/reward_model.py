@@ -24,20 +24,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from utils import ranks
-from utils.args import check_ranges, check_temperature
-from utils.errors import stop
+from utils.args import check_ranges, check_temperature, command
+from utils.chat import conversation_ids
+from utils.dialogue.task import DialogueTask
+from utils.dialogue.user import outcome
+from utils.errors import first_line, stop
 from utils.files import make_folder, writing
-from utils.models import answer, check_whole, conversation_ids, first_line, load_policy, pick_device
+from utils.generation import answer
+from utils.models import check_whole, load_policy, pick_device
+from utils.scale import processes
+from utils.tensors import precision
 from utils.world.problems import Problem
-from utils.world.tasks import DialogueTask
-from utils.world.user import outcome
 
 Conversation = list[dict[str, str]]
 
@@ -72,7 +74,9 @@ class RewardModel:
             ones = [torch.ones_like(row) for row in rows]
             inputs["attention_mask"] = pad_sequence(ones, batch_first=True)
         self.config.pad_token_id = pad
-        logits = self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits
+        device = self.model.device
+        with precision(device):
+            logits = self.model(**{k: x.to(device) for k, x in inputs.items()}).logits
         self.config.pad_token_id = self.tokenizer.pad_token_id
         return logits.squeeze(-1).float()
 
@@ -86,9 +90,9 @@ class RewardModel:
         )
         found = torch.zeros(len(order), dtype=torch.float64, device=self.model.device)
         for i, rows in enumerate(torch.tensor(order).split(self.batch_size)):
-            if i % ranks.RANKS == ranks.RANK:
+            if i % processes.RANKS == processes.RANK:
                 found[rows] = self([conversations[row] for row in rows]).double()
-        ranks.add_up(found)
+        processes.add_up(found)
         scores = found.tolist()
         if not all(map(math.isfinite, scores)):
             stop(
@@ -326,4 +330,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m utils.reward_model", description=__doc__))
+    main(command(Args, "python -m utils.reward_model", __doc__))
