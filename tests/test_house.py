@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.checks import entered
 from tests.conftest import ROOT
 
 # what a room may import when its modules are imported; report/ has the programs of both worlds
@@ -132,3 +133,15 @@ def test_an_import_and_help_cost_and_change_little(shell, monkeypatch):
     assert not {x for x in loaded for heavy in HEAVY if x == heavy or x.startswith(f"{heavy}.")}
     assert ours == [False, False]
     assert len(fields) > 50 and all(f"--{name.replace('_', '-')}" in said for name in fields)
+
+
+def test_an_update_enters_little_of_utils(tmp_path, monkeypatch):
+    """As benchmark/checks/entered.py counts for a default update, of fewer episodes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.report.finish.plot_runs", lambda folders, out: out)
+    assets = {"model": ROOT / "assets" / "tiny_math", "dataset": ROOT / "assets/data/tiny_math"}
+    flags = {name: str(place) for name, place in assets.items()} | {"device": "cpu"}
+    found = entered.follow("ppo_baseline", prompts_per_update=8, **flags)
+    print(len(found), "functions,", sum(found.values()), "lines")
+    assert 50 <= len(found) <= 60 and sum(found.values()) <= 625
+    assert not any(file.startswith(("dialogue", "report")) for file, _ in found)
