@@ -111,7 +111,7 @@ def record(runs: Iterable[tuple[str, str]]) -> None:
 # Processes are forked from one that has imported what every job needs, which takes five seconds.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["__main__", "vrpo_math", "transformers.models.llama.modeling_llama", "matplotlib.figure"]
+    ["__main__", "vrpo_math", "transformers.models.llama.modeling_llama", "datasets", "pandas"]
 )
 LEAVE = (signal.SIGTERM, signal.SIGHUP)
 

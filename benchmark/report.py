@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from textwrap import fill
@@ -81,11 +82,17 @@ def resampled(data: np.ndarray, statistic: Callable) -> Numbers:
     return float(statistic(data)), *map(float, found.confidence_interval)
 
 
+@cache
+def iqm_of(x: tuple[float, ...]) -> Numbers:
+    """Tables and figures ask for the same one again and again."""
+    return resampled(np.array(x), iqm)
+
+
 def summary(x: np.ndarray) -> Numbers:
     """Inter-quartile mean and bootstrap interval of five runs or more, mean and range of fewer, NaN
     for the range of one."""
     if len(x) >= ENOUGH:
-        return resampled(x, iqm)
+        return iqm_of(tuple(x))
     return float(x.mean()), *((float(x.min()), float(x.max())) if len(x) > 1 else (NAN, NAN))
 
 

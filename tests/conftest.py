@@ -1,6 +1,7 @@
 """Shared fixtures: a random tiny model with the embedded tokenizer, a small data set, and ways to
 run a script."""
 
+import gc
 import importlib
 import json
 import os
@@ -27,6 +28,11 @@ from utils.world.environment import Environment  # noqa: E402
 from utils.world.tasks import MathTask  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: the collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def test_a_fit_is_what_main_does_with_a_policy_that_stands_still(name, run_main,
         "truncated": "grade",
         "max_new_tokens": 12,
     }
-    folder = run_main(name, **flags)
+    folder = run_main(name, **flags | {"eval_size": 1, "eval_every": 10, "save_every": 10})
     module = sys.modules[name]
     args = module.Args(**flags)
     policy, chat = load_policy(args.model, CPU)

@@ -262,7 +262,7 @@ def test_decoding_is_that_of_transformers(folders, name, temperature):
     """Token by token the same as `generate`, greedily and with the same noise; prompts repeat, rows
     end early, caches grow."""
     policy, chat = load_policy(str(folders[name]), CPU)
-    prompts = [chat.prompt_ids("Ann has 2 pens. " * (i // 2 % 3 + 1)) for i in range(24)]
+    prompts = [chat.prompt_ids("Ann has 2 pens. " * (i // 2 % 3 + 1)) for i in range(12)]
     chat.eos_ids += range(40, 60)  # so that some rows end early
     policy.generation_config.eos_token_id = chat.eos_ids
     torch.manual_seed(1)
@@ -286,6 +286,7 @@ def test_decoding_is_that_of_transformers(folders, name, temperature):
 def test_a_run_with_each_family_and_lora(run_main, folders, name):
     """Its checkpoint loads with plain transformers."""
     flags = {"lora_rank": 2, "system_prompt": "Be brief.", "max_prompt_tokens": 256}
+    flags |= {"prompts_per_update": 2, "epochs": 1, "eval_size": 1}
     folder = run_main("vrpo_math", model=str(folders[name]), updates=1, **flags)
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000001" / "policy")
     assert type(model) is FAMILIES[name].model

@@ -2,8 +2,9 @@
 
 import json
 import re
+import runpy
 import shlex
-import subprocess
+import sys
 import tomllib
 
 import yaml
@@ -51,14 +52,15 @@ def test_the_task_for_lm_evaluation_harness():
 
 
 def test_the_notebook(tmp_path, monkeypatch):
-    """Its code cells in their order, in one namespace and without Jupyter, lines with ! as
-    processes; the run is a small one."""
+    """Its code cells in their order, in one namespace and without Jupyter, nor new processes for
+    lines with !; the run is a small one."""
     for path in [*ROOT.glob("*.py"), ROOT / "utils", ROOT / "assets"]:
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path / "docs")
     small = "--updates 1 --prompts-per-update 4 --eval-size 8 --value-samples 2"
     monkeypatch.setenv("TOUR_FLAGS", small)
+    monkeypatch.setattr("utils.args.begin", lambda: None)
     cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
     names = {}
@@ -66,8 +68,10 @@ def test_the_notebook(tmp_path, monkeypatch):
         *lines, rest = re.split(r"^!(.*)$", "".join(cell["source"]), flags=re.M)
         for code, line in zip(lines[::2], lines[1::2], strict=True):
             exec(code, names)
-            words = shlex.split(line.format(**names))
-            done = subprocess.run(words, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            python, *words = shlex.split(line.format(**names))
+            assert python == sys.executable
+            run = runpy.run_module if words[0] == "-m" else runpy.run_path
+            monkeypatch.setattr(sys, "argv", words[words[0] == "-m" :])
+            run(sys.argv[0], run_name="__main__")
         exec(rest, names)
     assert len(names["metrics"]) == 2 and (tmp_path / "runs" / "tour" / "tokens.html").exists()

@@ -141,7 +141,7 @@ def test_an_update_enters_little_of_utils(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.report.finish.plot_runs", lambda folders, out: out)
     assets = {"model": ROOT / "assets" / "tiny_math", "dataset": ROOT / "assets/data/tiny_math"}
     flags = {name: str(place) for name, place in assets.items()} | {"device": "cpu"}
-    found = entered.follow("ppo_baseline", prompts_per_update=8, **flags)
+    found = entered.follow("ppo_baseline", prompts_per_update=2, **flags)
     print(len(found), "functions,", sum(found.values()), "lines")
     assert 50 <= len(found) <= 60 and sum(found.values()) <= 625
     assert not any(file.startswith(("dialogue", "report")) for file, _ in found)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -102,23 +103,20 @@ def test_the_merged_mixture_of_experts_is_the_adapted_one(mixture, tmp_path, dty
         assert torch.allclose(given, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, model",
-    [("grpo_baseline", "tiny_model"), ("ppo_baseline", "tiny_model"), ("vrpo_math", "mixture")],
-)
+@pytest.mark.parametrize("name, model", [("grpo_baseline", "tiny_model"), ("vrpo_math", "mixture")])
 def test_resume_with_lora_gives_the_same_metrics(name, model, run_main, request):
     """The adapters of policy and critic, not the merged weights, are what a run goes on from; and
     the frozen weights stay frozen."""
     flags = {"model": str(request.getfixturevalue(model)), "lora_rank": 2, "kl_coef": 0.01}
     flags |= {"learning_rate": 1e-2, "noise_rate": 0.4, "max_new_tokens": 12}
-    whole = run_main(name, run_name="whole", updates=3, **flags)
-    half = run_main(name, run_name="half", updates=2, **flags)
-    run_main(name, resume=half, updates=3, run_name="half", **flags)
-    assert read_metrics(half) == read_metrics(whole)
-    assert read_samples(half)[-4:] == read_samples(whole)[-4:]
-    kl = pd.read_csv(whole / "metrics.csv")["objective/kl_ref"].tolist()
-    assert kl[1] == pytest.approx(0.0, abs=1e-4) and abs(kl[3]) > 1e-4
-    checkpoint = whole / "checkpoints" / "000003"
+    folder = run_main(name, **flags)
+    checkpoint = folder / "checkpoints" / "000002"
+    found = read_metrics(folder), read_samples(folder)
+    shutil.rmtree(checkpoint)
+    run_main(name, resume=folder, **flags)
+    assert (read_metrics(folder), read_samples(folder)) == found
+    kl = pd.read_csv(folder / "metrics.csv")["objective/kl_ref"].tolist()
+    assert kl[1] == pytest.approx(0.0, abs=1e-4) and abs(kl[2]) > 1e-4
     adapters = torch.load(checkpoint / "state.pt", weights_only=True)["adapters"]
     assert adapters and all("lora_" in key for key in adapters)
     assert all(x.any() for key, x in adapters.items() if "lora_B" in key)  # they begin at zero
@@ -144,9 +142,9 @@ def test_a_run_goes_on_with_or_without_lora_as_it_began(run_main):
 
 
 def test_lora_in_bfloat16(run_main):
-    folder = run_main("vrpo_math", lora_rank=2, dtype="bfloat16")
+    folder = run_main("vrpo_math", lora_rank=2, dtype="bfloat16", updates=1)
     frame = pd.read_csv(folder / "metrics.csv")
-    assert frame["losses/value"][1:].notna().all() and frame["losses/grad_norm_policy"][2] > 0
-    policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000002" / "policy")
+    assert frame["losses/value"][1:].notna().all() and frame["losses/grad_norm_policy"][1] > 0
+    policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000001" / "policy")
     source = json.loads((folder / "args.json").read_text())["model"]
     assert policy.dtype == AutoModelForCausalLM.from_pretrained(source).dtype

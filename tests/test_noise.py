@@ -186,9 +186,9 @@ def test_advantage_noise_of_a_run(name, run_main):
     """None without reward errors; with a coin the advantages hardly follow the truth. (Sampled
     values do not either, but errors of values are in both; only the last line's are seen.)"""
     flags = {
-        "model": str(ROOT / "assets" / "tiny_math"), "updates": 1, "prompts_per_update": 8,
+        "model": str(ROOT / "assets" / "tiny_math"), "updates": 1, "prompts_per_update": 4,
         "samples_per_prompt": 4, "max_new_tokens": 48, "epochs": 1, "minibatch_size": 32,
-        "micro_batch_size": 16,
+        "micro_batch_size": 16, "eval_size": 1,
     }  # fmt: skip
     shares, least = [], 0.4 if name == "vine_ppo_baseline" else 0.7
     for noise in ("none", "random"):

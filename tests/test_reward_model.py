@@ -131,8 +131,8 @@ def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch,
     """A short training from the embedded policy: saved, loadable, its accuracy reported."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    out, short = tmp_path / "reward", {"max_turns": 6, "epochs": 1, "device": "cpu"}
-    main(Args(out=out, goals=24, held_out_goals=16, **short))
+    out, short = tmp_path / "reward", {"max_turns": 5, "epochs": 1, "device": "cpu"}
+    main(Args(out=out, goals=10, held_out_goals=8, **short))
     text = capsys.readouterr().out
     assert "held-out model against truth" in text and (out / "training.json").exists()
     loaded = load_reward_model(str(out), CPU, 8)

@@ -36,7 +36,8 @@ def test_grades():
 
 def test_a_run(run_main):
     """Letters and short answers are graded in training and evaluation."""
-    folder = run_main("ppo_baseline", **EMBEDDED, eval_size=16, updates=1)
+    flags = EMBEDDED | {"updates": 1, "prompts_per_update": 2, "epochs": 1}
+    folder = run_main("ppo_baseline", **flags, eval_size=12)
     frame = pd.read_csv(folder / "metrics.csv")
     samples = read_samples(folder)
     assert 0 < frame["eval/accuracy"][0] < 1 and any("A) " in s["question"] for s in samples)
@@ -65,8 +66,8 @@ def test_majority_votes_on_questions_with_and_without_labels(run_main, tmp_path,
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "test.jsonl").write_text((DATA / "test.jsonl").read_text())
-    flags = EMBEDDED | {"dataset": str(folder), "noise": "majority-vote", "vote_samples": 4}
-    flags["choices_column"] = "choices"
+    flags = EMBEDDED | {"dataset": str(folder), "noise": "majority-vote", "vote_samples": 2}
+    flags |= {"choices_column": "choices", "updates": 1, "eval_size": 1, "epochs": 1}
     frame = pd.read_csv(run_main("vrpo_math", **flags) / "metrics.csv")
     assert frame["eval/accuracy"].notna().all() and frame["reward/observed"][1:].notna().all()
     said = capsys.readouterr().out.replace("\n", " ")

@@ -79,8 +79,8 @@ def work_of(run_main, monkeypatch, tokenizer):
         monkeypatch.setattr(LlamaModel, "forward", noticed)
         monkeypatch.setattr(Environment, "pack", packed)
         monkeypatch.setattr(Run, "log", logged)
-        usual = {"model": MODEL, "max_new_tokens": 32, "minibatch_size": 8, "updates": 1}
-        usual |= {"eval_every": 10, "micro_batch_size": 1, "epochs": EPOCHS}
+        usual = {"model": MODEL, "max_new_tokens": 20, "minibatch_size": 8, "updates": 1}
+        usual |= {"eval_size": 3, "micro_batch_size": 1, "epochs": EPOCHS}
         handle = register_module_forward_hook(work.count)
         try:
             run_main(name, **usual | flags)
@@ -169,7 +169,7 @@ def test_no_micro_batch_and_few_tokens_wait_for_a_gpu(run_main, monkeypatch):
     """Twice as many micro-batches wait no more often; `micro_batches` looks at masks on the CPU."""
     every = generation.EOS_EVERY["cuda"]
     monkeypatch.setattr(generation, "EOS_EVERY", {"cpu": every})
-    flags = {"model": MODEL, "updates": 1, "eval_every": 10, "max_new_tokens": 24, "kl_coef": 0.1}
+    flags = {"model": MODEL, "updates": 1, "max_new_tokens": 16, "kl_coef": 0.1}
     flags |= {"eval_size": 1, "prompts_per_update": 2}
     found = []
     for size in (2, 1):
@@ -179,21 +179,21 @@ def test_no_micro_batch_and_few_tokens_wait_for_a_gpu(run_main, monkeypatch):
         found.append(calls.waits)
     assert found[0] == found[1]
     rollouts = 3  # before, in and after the update
-    assert 0 < found[0]["decode"] <= rollouts * (24 / every + 3)
+    assert 0 < found[0]["decode"] <= rollouts * (16 / every + 3)
     assert found[0].total() < 70 + found[0]["decode"]
 
 
 def test_weights_are_cast_once(run_main):
     """In bfloat16: for a rollout once; for a pass of a micro-batch once; the reference when it is
     made."""
-    flags = {"updates": 1, "kl_coef": 0.1, "dtype": "bfloat16", "eval_every": 10}
+    flags = {"updates": 1, "kl_coef": 0.1, "dtype": "bfloat16", "prompts_per_update": 2}
     with Calls() as calls:
         run_main("vrpo_math", micro_batch_size=1, **flags)
     mlp = (64, 32)  # two layers have two such weights each
     rollouts, trained, scored = (
         3,
-        2 * 2 * 8,
-        8,
+        2 * 2 * 4,
+        4,
     )  # policy and critic in two epochs; the critic before
     assert calls.casts[mlp, True] == 4 * (rollouts + trained + scored)
     assert calls.casts[mlp, False] == 4
@@ -307,6 +307,8 @@ def test_a_run_that_saves_memory_is_the_same(flag, run_main):
             "kl_coef": 0.1,
             "lora_rank": 2 * (flag != "share_prefixes"),
             "updates": 1,
+            "prompts_per_update": 2,
+            "eval_size": 1,
         }
         text = read_metrics(run_main("ppo_baseline", run_name=f"{flag}-{on}", **flags))
         frames.append(pd.read_csv(io.StringIO(text)))

@@ -1,9 +1,7 @@
 """Loading and saving of models, LoRA, and the device."""
 
 import copy
-import ctypes
 import os
-import sys
 import warnings
 
 import torch
@@ -18,6 +16,7 @@ from utils.chat import Chat, turn_ends
 from utils.errors import first_line, stop
 from utils.keyed import seed_torch
 from utils.scale import processes
+from utils.scale.allocator import keep_freed_memory
 
 disable_progress_bar()
 set_verbosity_error()
@@ -245,17 +244,6 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     if device.type == "cuda" and not deterministic:
         torch.set_float32_matmul_precision("high")
     return processes.join(device)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, up to 1 GiB, for the next ones. By default it goes
-    back to the kernel, which clears every page again for the next micro-batch: about a tenth of an
-    update's time. Does nothing where the library is not glibc."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        # M_MMAP_THRESHOLD: activations of small models, but not logits, which would leave holes
-        libc.mallopt(-3, 2**23)
 
 
 def set_up(args) -> torch.device:

@@ -206,6 +206,9 @@ class Run:
         self.close()
         self.print(f"stopped {when}, saved; continue with --resume {self.folder}")
         processes.gather(None)
+        if processes.RANKS > 1:  # threads of the network can abort an interpreter that ends
+            sys.stdout.flush()
+            os._exit(128 + self.interrupt)
         sys.exit(128 + self.interrupt)
 
     def close(self) -> None:

@@ -266,7 +266,7 @@ def run_trl(spec: dict) -> None:
     own = dict(vars(masking_utils))
     import grpo_baseline as script
     from utils.keyed import seed_torch
-    from utils.models import keep_freed_memory
+    from utils.scale.allocator import keep_freed_memory
 
     if spec["system"] == "trl-malloc":
         keep_freed_memory()
