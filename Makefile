@@ -8,6 +8,7 @@ DEMO_FLAGS := --beta 0.01 --token-ratio 0.8 --updates 24
 demo: $(VENV)/installed
 	$(PYTHON) vrpo_math.py $(DEMO_FLAGS)
 
+test: export PYTHONDONTWRITEBYTECODE = # the programs that tests start share what is compiled
 test: $(VENV)/developing
 	$(PYTHON) -m pytest
 

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
@@ -23,11 +21,8 @@ CRITICS = [name for name in SCRIPTS if name not in ("grpo_baseline", "vine_ppo_b
 MACHINE = ("charts/tokens_per_second", "charts/peak_memory_gb")  # and all of time/
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-from utils.world.environment import Environment  # noqa: E402
-from utils.world.tasks import MathTask  # noqa: E402
-
-torch.set_num_threads(1)  # the models are so small that a second thread only waits
+# the models are so small that a second thread only waits; what takes long to import is imported
+# where it is used, as the process that starts the others needs none of it
 
 
 def pytest_collection_finish(session):
@@ -50,12 +45,17 @@ def script(request):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny_math")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> Path:
     """A random Llama of 30 k parameters in Hugging Face format."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -154,6 +154,11 @@ def shell(tmp_path):
 
 def bare_world(args, chat, task=None):
     """An environment without data: for rollouts of problems made by hand."""
+    import torch
+
+    from utils.world.environment import Environment
+    from utils.world.tasks import MathTask
+
     env = Environment.__new__(Environment)
     env.args, env.chat, env.device = args, chat, torch.device("cpu")
     env.task, env.labels = task or MathTask([], [], {}), {}

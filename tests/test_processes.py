@@ -18,7 +18,6 @@ import vrpo_math as vrpo
 from tests.conftest import ROOT, SCRIPTS, assert_same_metrics, read_samples
 from tests.test_tensors import ROWS, TWO_TURNS, pack
 from utils import errors, tensors
-from utils.checkpoints import complete_checkpoints
 from utils.keyed import row_seeds
 from utils.models import load_policy
 from utils.run import Run
@@ -48,12 +47,6 @@ def start(tmp_path):
         )
 
     return launch
-
-
-@pytest.fixture
-def torchrun(command, start):
-    """torchrun(name, **flags): a script in two processes."""
-    return lambda name, **flags: start(*command(name, **flags)[1:])
 
 
 def test_the_parts_of_all_processes_are_the_whole(monkeypatch):
@@ -191,17 +184,3 @@ def test_what_one_process_meets_alone_it_says(monkeypatch):
     with pytest.raises(SystemExit, match=r"error: a disk is full \(process 1\)"):
         errors.stop("a disk is full")
     signal.signal(signal.SIGTERM, before)
-
-
-def test_a_worker_is_killed_and_the_run_goes_on(torchrun, run_main, tmp_path):
-    """kill -9 of one of two processes ends both; one process goes on from the checkpoint."""
-    flags = UNEVEN | {"max_new_tokens": 12, "eval_every": 10**5}
-    both = torchrun("grpo_baseline", run_name="killed", updates=10**5, **flags)
-    folder = tmp_path / "runs" / "killed"
-    wait_for(folder / "checkpoints" / "000002", both)
-    os.kill(worker(both, 1), signal.SIGKILL)
-    both.communicate(timeout=120)
-    assert both.returncode
-    flags["updates"] = int(complete_checkpoints(folder)[-1].name) + 1
-    run_main("grpo_baseline", resume=folder, **flags)
-    same_numbers(run_main("grpo_baseline", run_name="whole", **flags), folder)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from benchmark import report
-from benchmark.experiments import EXPERIMENTS, METHODS
+from benchmark.experiments import METHODS
 from benchmark.studies import critic_study as study
 from tests.conftest import ROOT
 from utils.report import style
@@ -75,11 +75,10 @@ def plotted(folders: list, monkeypatch) -> Figure:
 
 
 def figures(monkeypatch) -> dict[str, Figure]:
-    """Every figure of the committed results, and a picture of many runs."""
+    """A figure of every kind of the committed results, and a picture of many runs."""
     found = report.compared()
-    for name in EXPERIMENTS:
-        if len(frame := report.load(name)):
-            found |= report.figures(name, frame)
+    for name in ("noise_grid", "critic_worth", "dialogue_methods"):
+        found |= report.figures(name, report.load(name))
     rows = study.present(study.results(study.RESULTS / "critic_study.csv"), (1, 2, 3, 4, 5))
     found["critic_study"] = study.draw(rows)
     runs = {
@@ -112,12 +111,12 @@ def test_what_is_cut_off_is_seen():
     assert len(outside(figure)) > 1
 
 
-def test_every_committed_figure(monkeypatch):
-    """They are those that are made; nothing is cut off; a legend names every line once; words stand
+def test_figures_of_every_kind(monkeypatch):
+    """They are committed; nothing is cut off; a legend names every line once; words stand
     in place of keys; and where differences are drawn there is a line at zero."""
     results, found = ROOT / "benchmark" / "results", figures(monkeypatch)
     there = {str(f.relative_to(results).with_suffix("")) for f in results.rglob("*.png")}
-    assert there - {"tokens"} == found.keys() - {"many"}
+    assert found.keys() - {"many"} <= there
     differences = list(found["differences"].axes)
     differences += [a for a in found["critic_study"].axes if "difference" in a.get_title()]
     assert len(differences) > 10
