@@ -496,7 +496,7 @@ def main(args: Args) -> None:
         log.lap("update")
 
         # --- 7.6 log (docs/metrics.md), evaluate, save ---
-        errors = observed - clean  # (B,)
+        errors = observed - (scores if args.reward_fn else clean)  # (B,)
         row = log.row(update, optimizer, episodes)
         row |= metrics.of_rollout(env, episodes, batch, rewards, clean, observed)
         row |= metrics.of_critic(batch, rewards, errors, args.gamma)

@@ -432,11 +432,12 @@ def main(args: Args) -> None:
         # --- 7.3 reward: the truth, the judge's word, what the optimiser sees of it ---
         clean = env.grade(episodes)  # (B,) logged, never used
         if args.reward_per == "turn":  # dialogue: (B, K), after each turn
-            scores = env.score_turns(episodes)
+            turns = env.score_turns(episodes)
         else:
-            scores = env.score(episodes, clean).unsqueeze(1)
-        observed = observe(args, scores[:, -1], episodes, update)  # (B,)
-        rewards = place_rewards(turn_gains(scores, observed), mask)  # (B, T) dialogue
+            turns = env.score(episodes, clean).unsqueeze(1)
+        scores = turns[:, -1]  # dialogue: (B,) of whole episodes
+        observed = observe(args, scores, episodes, update)  # (B,)
+        rewards = place_rewards(turn_gains(turns, observed), mask)  # (B, T) dialogue
         if args.kl_coef > 0:
             batch["kl"] = kl_penalty(reference, batch, args)  # (B, T)
             rewards = rewards - args.kl_coef * batch["kl"]
@@ -476,7 +477,7 @@ def main(args: Args) -> None:
         log.lap("update")
 
         # --- 7.6 log (docs/metrics.md), evaluate, save ---
-        errors = observed - clean  # (B,)
+        errors = observed - (scores if args.reward_fn else clean)  # (B,)
         row = log.row(update, optimizer, episodes)
         row |= metrics.of_rollout(env, episodes, batch, rewards, clean, observed)
         row |= metrics.of_critic(batch, rewards, errors, args.gamma)

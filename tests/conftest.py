@@ -163,6 +163,7 @@ def bare_world(args, chat, task=None):
     env.args, env.chat, env.device = args, chat, torch.device("cpu")
     env.task, env.labels = task or MathTask([], [], {}), {}
     env.reward_model = env.reward_fn = None
+    env.begun, env.save, env.scale = (0, 0), lambda: None, None
     return env
 
 

@@ -28,6 +28,7 @@ from utils.world.answers import (
 from utils.world.problems import Problem
 from utils.world.tasks import MathTask, ScienceTask
 from utils.world.verifier import ALLOWANCE, same_mathematics, state
+from utils.world.votes import winner
 
 CASES = [*MATH, *CHOICE, *WORDS]
 # Where the checker is known to differ from a person. A case that is put right must be taken out of
@@ -87,6 +88,14 @@ def test_thoughts_do_not_count():
     assert after_thinking("<think>1") == "" and after_thinking("1") == "1"
 
 
+def test_another_turn_does_not_count():
+    for name in ("Question", "Human", "User", "### Question 2", "**Question**", "Q", "问题"):
+        assert after_thinking(f"5 + 4 = 9\n\n{name}: What is 1 + 1?\nAnswer: 2") == "5 + 4 = 9"
+    for text in ("Question: What is 5 + 4?\nAnswer: 9", "A question: 9", "a\nQuestions: 9"):
+        assert after_thinking(text) == text
+    assert after_thinking("<think>a\nUser: b</think>9\nUser: c") == "9"
+
+
 def test_numbers_and_units():
     def number(text):
         return quantity(text)[0]
@@ -120,6 +129,23 @@ def test_equal_votes_are_one():
     science = ScienceTask([], [], {})
     assert science.final_answer(problem, "#### The Mammal") == "mammal"
     assert science.final_answer(problem, "#### Rr") != science.final_answer(problem, "#### RR")
+
+
+@pytest.mark.parametrize(
+    "reference, right, wrong",
+    [("0.5", "50%", "7"), ("50", "50%", "0.5"), ("50%", "50 percent", "5")]
+    + [("30 minutes", "30 minutes", "30 hours"), ("1/4", r"\boxed{25\%}", "4")],
+)
+@pytest.mark.parametrize("kind", [MathTask, ScienceTask])
+def test_the_majority_is_judged_as_its_votes_are(reference, right, wrong, kind):
+    """Neither percent signs nor units are lost: a label is right where the answers were."""
+    task, problem = kind([], [], {}), Problem("q", reference, [])
+    for many, few in ((right, wrong), (wrong, right)):
+        texts = [f"The answer is {few}."] * 3 + [f"The answer is {many}."] * 4
+        votes = Counter(task.final_answer(problem, text) for text in texts)
+        assert sorted(votes.values()) == [3, 4]
+        label = winner(votes)
+        assert task.grade(problem, [f"#### {label}"]) == (many == right)
 
 
 def test_off_the_main_thread_and_from_several_at_once():
@@ -195,6 +221,7 @@ def test_the_process_is_bounded_in_memory():
 
 
 ENDLESS = [
+    "1 2", "1 than ", "| 1 ", "\\(1", "(1", "答案", "不是1", "not ", "\nQ: ", "A) a ",
     "1", "(", "(A", "(A) ", r"\text{", r"\boxed{", r"\frac{", "\n", " ", "$", "$$", "#### ", "**",
     "answer is ", "answer: ", "<answer>", "x=", "1, ", "1 2", "a.", ", which ", "0.33", r"\(",
     "one hundred ", "A or ", "\u00bd",

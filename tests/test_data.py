@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from tests.conftest import ROOT
-from utils.world.answers import LETTERS
+from utils.world.answers import LETTERS, choose
 from utils.world.data import (
     ANSWERS,
     DATASETS,
@@ -151,6 +151,68 @@ def test_options_in_usual_shapes(choices, answer):
     (question,) = rows_of({"question": "Which?", "choices": choices, "answer": answer})
     assert question.options[LETTERS.index(question.answer)] == "b"
     assert "None" not in question.options
+
+
+@pytest.mark.parametrize("answers", [["B", "C"], ["(B)15 km", "(C)18 km"], ["15 km", "18 km"]])
+@pytest.mark.parametrize("spelled", ["({}){}", "{}){}", "{}. {}", "({}) {}", "{}: {}"])
+def test_letters_that_the_options_bring_along_are_none_of_their_text(spelled, answers):
+    """AGIEval and AQuA-RAT have them; they would contradict those under which options are asked."""
+    texts = ["12 km", "15 km", "18 km", "21 km"]
+    own = [spelled.format(*pair) for pair in zip("ABCD", texts, strict=True)]
+    if answers[0].startswith("("):
+        answers = [own["ABC".index(answer[1])] for answer in answers]
+    rows = [{"question": f"{i}?", "options": own, "answer": x} for i, x in enumerate(answers)]
+    questions = rows_of(*rows)
+    assert all(sorted(q.options) == texts for q in questions)
+    right = [q.options[LETTERS.index(q.answer)] for q in questions]
+    assert right == ["15 km", "18 km"]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["A. Smith", "C. Jones", "B. Brown"],
+        ["A", "B", "C"],
+        ["(A) x", "(B) y", "z"],
+        ["B) x", "C) y", "D) z"],
+    ],
+)
+def test_letters_that_are_part_of_the_options_stay(texts):
+    (question,) = rows_of({"question": "Who?", "options": texts, "answer": texts[0]})
+    assert sorted(question.options) == sorted(texts)
+
+
+def test_of_equal_options_the_first_is_the_reference():
+    """In MedQA there are such; choose() names the first too, wherever the shuffle puts it."""
+    texts = ["x", "y", "y", "z"]
+    rows = [{"question": f"{i}?", "options": texts, "answer": k} for i in range(20) for k in "BC"]
+    questions = rows_of(*rows[::2]) + rows_of(*rows[1::2])
+    for question in questions:
+        first = question.options.index("y")
+        assert question.answer == LETTERS[first]
+        for letter, option in zip(LETTERS, question.options, strict=False):
+            right = choose(f"The answer is {letter}.", question.options) == question.answer
+            assert right == (option == "y")
+        assert choose("The answer is y.", question.options) == question.answer
+
+
+def test_an_instruction_and_its_input_are_one_question():
+    """Alpaca's columns: the input may be empty."""
+    rows = [
+        {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
+        {"instruction": "What is 4 + 5?", "input": "", "output": "9"},
+        {"instruction": "What is 1 + 1?", "input": None, "output": "2"},
+    ]
+    asked = [("Add the numbers.\n\n2 and 3", "5"), ("What is 4 + 5?", "9"), ("What is 1 + 1?", "2")]
+    assert [(q.text, q.answer) for q in rows_of(*rows)] == asked
+    assert rows_of(*rows, question_column="instruction")[0].text == "Add the numbers."
+    assert rows_of({"input": "2 + 3?", "output": "5"})[0].text == "2 + 3?"
+
+
+def test_an_answer_in_another_unicode_form_names_its_option():
+    row = {"question": "Who?", "options": ["Zu\u0308rich", "Bern"], "answer": "Z\u00fcrich"}
+    (question,) = rows_of(row)
+    assert question.options[LETTERS.index(question.answer)] == "Zu\u0308rich"
 
 
 def test_missing_values():
@@ -306,6 +368,19 @@ def test_rows_of_several_lines_and_of_different_columns(tmp_path):
     text = '{"question": "a\\nb",\n "answer": 1}\n\n{"answer": "x", "question": "c", "other": []}'
     assert answers_in(tmp_path, "rows.jsonl", text) == ["1", "x"]
     assert answers_in(tmp_path, "rows.csv", 'question,answer\n"a\nb, c","1,000"\n') == ["1,000"]
+
+
+def test_half_an_emoji_becomes_a_mark(tmp_path):
+    """JSON may hold one of the two halves of a character."""
+    half, whole = "\\ud83d", "\\ud83d\\ude00"
+    text = (
+        f'{{"question": "{half}?", "answer": "5 {half}"}}\n{{"question": "a", "answer": "{whole}"}}'
+    )
+    assert answers_in(tmp_path, "rows.jsonl", text) == ["5 \ufffd", "\U0001f600"]
+    text = f'{{"question": [{{"role": "user", "content": "x {half}"}}], "answer": "1"}}'
+    (tmp_path / "train.jsonl").write_text(text)
+    (question,) = load_split(FLAGS, str(tmp_path), None, None, "train", False)
+    assert question.text == "x \ufffd"
 
 
 def test_float32_and_dates_of_parquet(tmp_path):

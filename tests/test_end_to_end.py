@@ -21,6 +21,7 @@ from utils.args import parse_args
 from utils.dialogue import talk
 from utils.report.plot import plot_runs, read_run
 from utils.run import Run
+from utils.world.environment import Environment
 
 # for what needs answers that end: the embedded model
 EMBEDDED = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32}
@@ -188,6 +189,24 @@ def test_another_learning_rate_after_resume(run_main, parse):
         assert all(same) if rate == 0 else not any(same)
     rates = pd.read_csv(folder / "metrics.csv")["charts/learning_rate"].tolist()[1:]
     assert rates == [1e-4, 1e-4, 5e-5, 0.0]
+
+
+def test_another_batch_size_after_resume(run_main, monkeypatch):
+    """No problem is skipped or met twice, and episodes are those that were sampled."""
+    met, problems = [], Environment.problems
+
+    def noticed(env, update):
+        found = problems(env, update)
+        met.append([problem.key for problem in found[:: env.args.samples_per_prompt]])
+        return found
+
+    monkeypatch.setattr(Environment, "problems", noticed)
+    folder = run_main("grpo_baseline", prompts_per_update=4, updates=2)
+    for updates, prompts in ((3, 7), (5, 2)):
+        run_main("grpo_baseline", prompts_per_update=prompts, updates=updates, resume=folder)
+    assert [len(keys) for keys in met] == [4, 4, 7, 2, 2]
+    assert len(set(sum(met, []))) == 19  # of 40
+    assert pd.read_csv(folder / "metrics.csv")["charts/episodes"].tolist() == [0, 8, 16, 30, 34, 38]
 
 
 @pytest.mark.parametrize("name", ["grpo_baseline", "dvpo_math", "vrpo_dialogue"])

@@ -251,17 +251,14 @@ def test_truncated_answers(policy_and_chat):
     for episode, tokens in ((cut, [7, 8]), (whole, [7, chat.eos_ids[0]])):
         episode.say(Answer(tokens, *[[0.5, 0.5]] * 3), chat)
         episode.completions = ["x", "#### 1"]
-    for kind, grades, chosen in (
-        ("wrong", [0, 1], [2, 2]),
-        ("grade", [1, 1], [2, 2]),
-        ("mask", [1, 1], [0, 2]),
-    ):
+    for kind, grades, weight in (("wrong", 0, 1), ("grade", 1, 1), ("mask", 1, 0)):
         env = bare_world(ppo.Args(truncated=kind), chat)
-        assert env.grade([cut, whole]).tolist() == grades
-        assert env.pack([cut, whole])["mask"].sum(1).tolist() == chosen
+        assert env.grade([cut, whole]).tolist() == [grades, 1]
+        batch = env.pack([cut, whole])
+        assert batch["mask"].all()  # a critic learns of both
+        wanted = torch.tensor([[weight] * 2, [1] * 2]) * math.exp(0.5)
+        assert torch.allclose(batch["sampler"], wanted)
     assert cut.completions == ["x", "#### 1"]
-    with pytest.raises(SystemExit, match="--truncated mask leaves none"):
-        env.pack([cut])
 
 
 # ---- VRPO's critic ----

@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from utils.report import evaluate
 from utils.report.evaluate import Args, interval, main, pass_at_k
+from utils.world.problems import Problem
+from utils.world.tasks import MathTask
 
 ASSETS = ROOT / "assets"
 
@@ -79,6 +81,27 @@ def test_samples_several_data_sets_and_slices(run_evaluate, tiny_model, tiny_dat
         assert once <= any_of_three
     assert len(lines) == (8 + 5) * 4
     assert {line["decoding"] for line in lines} == {"greedy", "sampled"}
+
+
+@pytest.mark.parametrize(
+    "reference, answers, agreed",
+    [
+        ("0.5", ["50%"] * 4 + ["7"] * 3, 1.0),
+        ("0.5", ["7"] * 4 + ["50%"] * 3, 0.0),
+        ("30 minutes", ["30 hours"] * 2 + ["30 minutes"] * 3, 1.0),
+        ("30 minutes", ["30 hours"] * 3 + ["30 minutes"] * 2, 0.0),
+    ],
+)
+def test_the_majority_keeps_signs_and_units(reference, answers, agreed):
+    problem = Problem("q", reference, [])
+    episodes = [
+        evaluate.Episode(problem, completions=[f"The answer is {x}."], finished=True)
+        for x in answers
+    ]
+    args = Args(samples=len(answers))
+    rows = evaluate.sampled_rows("d", MathTask([], [], {}), [problem], episodes, args)
+    values = {row["measure"]: row["value"] for row in rows}
+    assert values[f"accuracy maj@{len(answers)}"] == agreed
 
 
 def test_what_is_refused(run_evaluate, tiny_model, tiny_data):

@@ -3,15 +3,19 @@ the template, by the tokenizer or not at all, several EOS ids, no pad token, pad
 default system message, thoughts, a vocabulary larger than the tokenizer's, sliding windows."""
 
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -22,6 +26,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,6 +37,7 @@ from transformers import (
 
 import ppo_baseline as ppo
 from tests.conftest import bare_world
+from utils import checkpoints
 from utils.chat import TODAY, Chat
 from utils.dialogue.reward_model import load_reward_model
 from utils.generation import generate
@@ -290,6 +297,43 @@ def test_a_run_with_each_family_and_lora(run_main, folders, name):
     folder = run_main("vrpo_math", model=str(folders[name]), updates=1, **flags)
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "000001" / "policy")
     assert type(model) is FAMILIES[name].model
+
+
+MIXTURE = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+MIXTURES = {
+    "DeepseekV3": MIXTURE | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16},
+    "Glm4Moe": MIXTURE | {"head_dim": 16},
+    "Lfm2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "MiniMaxM2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_critic_keeps_the_biases_of_its_router(name, tmp_path, tokenizer, monkeypatch):
+    """They are no parameters, and its files are not whole without them; which the first checkpoint
+    of a run would notice."""
+    sizes = SIZES | {"vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": None}
+    config = getattr(transformers, f"{name}Config")(**sizes | MIXTURES[name], eos_token_id=1)
+    policy = getattr(transformers, f"{name}ForCausalLM")(config)
+    policy.source_dtype, critic = torch.float32, ppo.Critic(policy, ppo.Args())
+    biases = [x for key, x in critic.backbone.named_buffers() if key.endswith("_bias")]
+    assert biases
+    for bias in biases:
+        bias.uniform_()
+    save = partial(checkpoints.save_checkpoint, tmp_path, policy=policy, critic=critic, keep=9)
+    save(1, tokenizer=tokenizer, state={}, made_by={"script": "ppo_baseline"}, card="")
+    found = AutoModel.from_pretrained(tmp_path / "checkpoints" / "000001" / "critic")
+    for key, x in critic.backbone.state_dict().items():
+        assert torch.equal(found.state_dict()[key], x), key
+    monkeypatch.setattr(checkpoints, "buffers", lambda module: {})
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(SystemExit, match="could not be written .its critic lacks .*bias"):
+        save(1, tokenizer=tokenizer, state={}, made_by={}, card="")
 
 
 # ---- templates ----
@@ -564,6 +608,20 @@ def test_heads_that_a_checkpoint_lacks_are_refused(tmp_path):
         LlamaForSequenceClassification(config).save_pretrained(folder)
         with pytest.raises(SystemExit, match=message):
             load_policy(str(folder), CPU)
+
+
+def test_what_crosses_the_original_context_of_longrope_is_refused(tmp_path):
+    """There all keys would be rotated otherwise, those in a cache are not."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}
+    extra = {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    family = replace(FAMILIES["smollm2"], config=Phi3Config, model=Phi3ForCausalLM)
+    folder = build(replace(family, extra=extra), tmp_path)
+    _, chat = load_policy(str(folder), CPU)
+    problem = [Problem("q", "1", [7] * 40)]
+    check_context(chat, problem, 24)
+    with pytest.raises(SystemExit, match="more than the model's 64 positions"):
+        check_context(chat, problem, 25)
 
 
 def test_no_more_tokens_than_the_model_has_positions_for(tmp_path, folders):

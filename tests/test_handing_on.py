@@ -186,7 +186,9 @@ def test_wandb_itself(run_main, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run_main("grpo_baseline", track="wandb", updates=1)
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    run_main("grpo_baseline", track="wandb", updates=2, resume=folder)  # goes on in W&B as well
+    runs = [file.stem for file in (folder / "wandb").glob("offline-run-*/*.wandb")]
+    assert len(runs) == 2 and len(set(runs)) == 1
 
 
 def test_trackio_itself(run_main, monkeypatch, tmp_path):

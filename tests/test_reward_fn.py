@@ -1,6 +1,7 @@
 """--reward-fn: what a function is given, what its number becomes, and how its errors are told."""
 
 import importlib
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT, bare_world
 from utils.args import check_flags, parse_args
+from utils.checkpoints import complete_checkpoints
 from utils.dialogue.task import DialogueTask
 from utils.world.environment import Episode
 from utils.world.problems import Problem
@@ -194,3 +196,55 @@ def test_what_it_does_not_go_with():
     module = importlib.import_module("vrpo_dialogue")
     with pytest.raises(SystemExit, match="--reward-per turn: only a reward model judges turns"):
         module.main(Args(reward_fn="a:b", reward_model=None, reward_per="turn"))
+
+
+LATER = """
+calls = []
+def later(q, a, c):
+    calls.append(a)
+    if len(calls) > 20:
+        raise {error}("no net")
+    return 0.5
+"""
+
+
+@pytest.mark.parametrize("error", ["ValueError", "KeyboardInterrupt"])
+def test_a_function_that_fails_later_loses_no_update(error, run_main, folder):
+    """Two updates are whole when it fails, and no checkpoint is due; it meets no references."""
+    (folder / "user_later.py").write_text(LATER.format(error=error))
+    rows = [f'{{"question": "{i} + 1?"}}' for i in range(40)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    flags = {"reward_fn": "user_later:later", "dataset": str(folder), "save_every": 10}
+    flags["truncated"] = "grade"
+    with pytest.raises(SystemExit, match=f"user_later.py, line 6: {error}: no net"):
+        run_main("ppo_baseline", updates=4, noise="none", **flags)
+    run = folder / "runs" / "ppo_baseline"
+    assert [path.name for path in complete_checkpoints(run)] == ["000002"]
+    sys.modules["user_later"].calls.clear()
+    run_main("ppo_baseline", updates=4, noise="none", resume=run, **flags)
+    frame = pd.read_csv(run / "metrics.csv")
+    assert frame["update"].tolist() == [0, 1, 2, 3, 4]
+    assert frame["reward/observed"][1:].tolist() == [0.5] * 4
+    assert "reward/clean" not in frame  # nobody knows the truth
+
+
+def test_numbers_on_another_scale_teach_the_critic_as_much(run_main, folder):
+    """The same function times 100 and times 10: the same run in units, resumed too; of a function
+    that is the reward nothing is an error."""
+    code = "\ndef wide(q, a, c): return 100.0 * len(c[-1])\ndef plain(q, a, c): return len(c[-1]) / 10\n"
+    (folder / "user_wide.py").write_text(code)
+    flags = {"noise": "none", "truncated": "grade", "learning_rate": 0.0}
+    runs = {}
+    for name in ("wide", "plain"):
+        run = run_main("ppo_baseline", run_name=name, reward_fn=f"user_wide:{name}", **flags)
+        shutil.rmtree(run / "checkpoints" / "000002")
+        run_main("ppo_baseline", resume=run, reward_fn=f"user_wide:{name}", **flags)
+        runs[name] = pd.read_csv(run / "metrics.csv")
+    rate = runs["plain"]["reward/observed"] / runs["wide"]["reward/observed"]
+    assert rate[1] == pytest.approx(rate[2]) and rate[1] in (pytest.approx(1), pytest.approx(0.1))
+    assert runs["wide"]["reward/observed"][1:].abs().max() < 100
+    same = "critic/explained_variance"
+    assert runs["wide"][f"{same}_clean"].tolist() == pytest.approx(
+        runs["wide"][same].tolist(), nan_ok=True
+    )

@@ -21,7 +21,7 @@ SIZES = {
 BUDGETS = {
     "vrpo_math": ("ppo_baseline", 115, 30, 21),
     "grpo_baseline": ("ppo_baseline", 85, 125, 19),  # the critic is a quarter of the parent
-    "vrpo_dialogue": ("vrpo_math", 65, 25, 16),
+    "vrpo_dialogue": ("vrpo_math", 65, 25, 17),
     "dvpo_math": ("ppo_baseline", 176, 35, 14),
     "robust_ppo_baseline": ("ppo_baseline", 90, 35, 17),
     "vine_ppo_baseline": ("ppo_baseline", 110, 110, 22),  # no critic, as in grpo_baseline

@@ -140,11 +140,12 @@ def test_data_order_is_a_permutation_per_epoch_keyed_by_seed(chat, tmp_path):
     write(tmp_path, "test.jsonl", [{"problem": "x", "solution": "1"}])
     task = load(chat, tmp_path)
     one, two = (
-        [p.key for u in range(start, start + 4) for p in task.batch(1, u, 5)] for start in (1, 5)
+        [p.key for first in range(start, start + 20, 5) for p in task.batch(1, first, 5)]
+        for start in (0, 20)
     )
     assert set(one) == set(two) == {p.key for p in task.train} and one != two
-    assert [p.key for p in task.batch(1, 3, 5)] == one[10:15]
-    assert task.batch(1, 1, 5) != task.batch(2, 1, 5)
+    assert [p.key for p in task.batch(1, 10, 5)] == one[10:15]
+    assert task.batch(1, 0, 5) != task.batch(2, 0, 5)
 
 
 def test_rows_are_filled_with_eos():

@@ -72,6 +72,12 @@ def save_checkpoint(
         if critic is not None:
             save_critic(critic, heads, into / "critic", {"update": update, **made_by})
         torch.save({**state, "adapters": adapters}, into / "state.pt")
+        if not complete_checkpoints(run):  # the first one is read back: better now than after a day
+            saved_policy(into / "policy", "auto")
+            if critic is not None and shapes(kept_weights(into / "critic", critic)) != shapes(
+                heads
+            ):
+                raise RuntimeError("the critic's weights do not come back as they are")
 
     write_whole(folder, write, keep)
 
@@ -94,7 +100,7 @@ def write_whole(folder: Path, write: Callable[[Path], None], keep: int) -> None:
         os.replace(temporary, folder)
         for old in complete_checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         stop(
             f"{folder}: the checkpoint could not be written ({first_line(error)}); what was saved "
@@ -102,9 +108,11 @@ def write_whole(folder: Path, write: Callable[[Path], None], keep: int) -> None:
         )
 
 
-def restore(folder: Path, state: dict[str, Any], policy, critic, optimizer) -> dict[str, Any]:
+def restore(
+    folder: Path, state: dict[str, Any], policy, critic, optimizer
+) -> tuple[dict[str, Any], int]:
     """Give policy, critic and optimizer what `load_checkpoint` found; returns the scales of the
-    reward models. Stops with one sentence where a checkpoint, whole as it may be, is another
+    reward models, and how many problems have been drawn. Stops with one sentence where a checkpoint, whole as it may be, is another
     run's, or an older version's."""
     try:
         restore_policy(policy, folder, state)
@@ -112,7 +120,8 @@ def restore(folder: Path, state: dict[str, Any], policy, critic, optimizer) -> d
             restore_critic(critic, kept_weights(folder.with_name("critic"), critic))
         restore_optimizer(optimizer, state["optimizer"])
         scales = state["scale"].items()
-        return {name: pair and (float(pair[0]), float(pair[1])) for name, pair in scales}
+        scales = {name: pair and (float(pair[0]), float(pair[1])) for name, pair in scales}
+        return scales, int(state["problems"])
     except Exception as error:  # a foreign file can be anything
         what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         stop(
@@ -136,14 +145,19 @@ def restore_policy(policy, folder: Path, state: dict[str, Any]) -> None:
         return
     saved = state.get("policy")
     if saved is None:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        if lacks := sorted(told["missing_keys"]):
-            raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
-        saved = model.state_dict()
+        saved = saved_policy(folder)
     own = {name: like(saved[held_elsewhere(name)], x) for name, x in mine.items()}
     policy.load_state_dict(own)
+
+
+def saved_policy(folder: Path, dtype: torch.dtype | str = torch.float32) -> dict[str, Tensor]:
+    """The weights in a checkpoint's policy/."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    if lacks := sorted(told["missing_keys"]):
+        raise ValueError(f"its policy lacks {', '.join(lacks[:3])}")
+    return model.state_dict()
 
 
 def restore_critic(critic: nn.Module, saved: dict[str, Tensor]) -> None:
@@ -180,6 +194,12 @@ def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state of the parameters that are trained: what is frozen is loaded again from where it
     came."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What a model keeps beside its parameters, such as the biases of a mixture's router."""
+    parameters = {name for name, _ in module.named_parameters()}
+    return {name: x for name, x in module.state_dict().items() if name not in parameters}
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -233,7 +253,8 @@ def save_critic(
     head = {name: x.cpu().contiguous() for name, x in state.items()}
     if "backbone" in dict(critic.named_children()):
         own = [name for name in head if name.startswith("backbone.") and "lora_" not in name]
-        backbone = {name.removeprefix("backbone."): head.pop(name) for name in own}
+        backbone = buffers(critic.backbone)
+        backbone |= {name.removeprefix("backbone."): head.pop(name) for name in own}
         save_merged(critic.backbone, folder, torch.float32, backbone)
     save_file(head, folder / "head.safetensors")
     (folder / "critic.json").write_text(json.dumps(made_by, indent=1))

@@ -17,6 +17,9 @@ except ImportError:  # Windows
     resource = None
 
 
+MOST_GAP = 0.5  # in float32 it is 0.0003, which is rounding, in bfloat16 a hundred times as much
+
+
 class UpdateLog:
     """An update's stages in seconds and its losses: micro-batches add up to their minibatch,
     minibatches are averaged."""
@@ -24,6 +27,7 @@ class UpdateLog:
     def __init__(self, device: torch.device):
         self.device, self.laps, self.last = device, {}, time.perf_counter()
         self.minibatches, self.open = [], defaultdict(float)
+        self.gap = float("nan")  # root mean square of log pi - log pi_old at the start of a run
 
     def lap(self, name: str) -> None:
         """End the stage `time/<name>`."""
@@ -47,6 +51,13 @@ class UpdateLog:
         for name, norm in norms.items():
             self.open[f"losses/grad_norm_{name}"] = full(norm) if RANKS > 1 else norm
         numbers = {key: value.to(self.device) for key, value in self.open.items()}
+        if update == 1 and not self.minibatches:  # nothing has moved since the tokens were drawn
+            self.gap = (2 * numbers["losses/approx_kl"].clamp(min=0)).sqrt().item()
+            if self.gap > MOST_GAP:
+                stop(
+                    f"decoding and training disagree by {self.gap:.2f} nats a token about what the "
+                    "model says: this model does not decode here as it reads; please report it"
+                )
         if not torch.stack(list(numbers.values())).isfinite().all():
             said = {key: value.item() for key, value in numbers.items()}
             stop(f"update {update}: not finite, so the weights were not touched: {said}")
@@ -67,7 +78,8 @@ class UpdateLog:
         columns = {key: [m[key] for m in self.minibatches] for key in self.minibatches[-1]}
         means = torch.stack([torch.stack(column).mean() for column in columns.values()])
         return {
-            "charts/episodes": update * len(episodes),
+            "charts/episodes": len(episodes),
+            "charts/decoding_gap": self.gap,
             "charts/tokens_per_second": sum(e.length for e in episodes) / sum(self.laps.values()),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/peak_memory_gb": peak_memory_gb(self.device),

@@ -68,6 +68,9 @@ def load_policy(
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model = get_peft_model(model, config)  # it reads an attribute by transformers' old name
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # Phi: beyond this all keys would be rotated otherwise,
+        context = rope["original_max_position_embeddings"]  # and those in a cache are not
     for part in model.modules():  # learned positions end, rotary ones only grow unfamiliar
         if type(part) is nn.Embedding and part.num_embeddings == context:
             part.register_forward_pre_hook(refuse_further_positions)

@@ -92,8 +92,10 @@ class Run:
     @by_first
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Add a row to metrics.csv and to the tracker, and move the progress bar. NaN becomes an empty
-        cell."""
+        cell; to the update's episodes those before are added."""
         metrics = {key: value for key, value in metrics.items() if value == value}
+        if self.rows:
+            metrics["charts/episodes"] += int(float(self.rows[-1]["charts/episodes"]))
         self.rows.append({"update": update, **metrics})
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         temporary = self.folder / "metrics.tmp"
@@ -131,10 +133,12 @@ class Run:
         if start > self.args.updates:
             stop(f"--updates {self.args.updates}: {self.folder} is at update {start} already")
         if start:
-            scales = restore(folder, state, policy, critic, optimizer)
-            env.scale = scales.get(self.args.reward_model)
+            scales, problems = restore(folder, state, policy, critic, optimizer)
+            env.scale, env.begun = scales.get(self.args.reward_model), (start, problems)
         if self.args.resume:
             self.rewind(start)
+        self.update = self.saved = start
+        env.save = lambda: self.save(policy, critic, optimizer, env)
         self.save_flags()  # now that nothing can be refused any more
         return start
 
@@ -168,17 +172,25 @@ class Run:
     def checkpoint(self, update: int, policy, critic, optimizer, env) -> None:
         """Save every --save-every updates, at the end, and where a signal asks to leave: then
         leave."""
-        last = update == self.args.updates
+        self.update, last = update, update == self.args.updates
         leaving = self.asked_to_leave()
         if update % self.args.save_every == 0 or last or leaving:
-            state = {"optimizer": optimizer.state_dict()}
-            state["scale"] = {self.args.reward_model: env.scale}
-            processes.check_equal(policy, critic)
-            card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
-            models = (policy, critic, env.chat.tokenizer)
-            save_checkpoint(self.folder, update, *models, state, self.flags, card)
+            self.save(policy, critic, optimizer, env)
         if leaving and not last:
             self.leave(f"after update {update}")
+
+    def save(self, policy, critic, optimizer, env) -> None:
+        """A checkpoint of the last update that is whole, unless there is one."""
+        update = self.update
+        if update == self.saved:
+            return
+        state = {"optimizer": optimizer.state_dict()}
+        state |= {"scale": {self.args.reward_model: env.scale}, "problems": env.drawn(update)}
+        processes.check_equal(policy, critic)
+        card = model_card(self.args, self.folder.name, update, self.rows, len(env.held_out))
+        models = (policy, critic, env.chat.tokenizer)
+        save_checkpoint(self.folder, update, *models, state, self.flags, card)
+        self.saved = update
 
     # ---- leaving ----
 
@@ -259,8 +271,12 @@ def start_tracker(args: Any, folder: Path, flags: dict[str, Any]) -> Any:
     """A run of wandb, or of trackio, whose calls are the same; None for --track none."""
     if args.track == "none":
         return None
-    names = {"project": "vrpo", "name": folder.name, "config": flags}
-    own = {"wandb": {"dir": str(folder)}, "trackio": {"resume": "allow", "embed": False}}
+    names = {"project": "vrpo", "name": folder.name, "config": flags, "resume": "allow"}
+    begun = sorted((folder / "wandb").glob("*run-*-*"))  # its folders end in the run's id
+    own = {
+        "wandb": {"dir": str(folder), "id": begun[-1].name.rsplit("-", 1)[1] if begun else None},
+        "trackio": {"embed": False},
+    }
     advice = {
         "wandb": "WANDB_MODE=offline needs neither account nor network",
         "trackio": "without TRACKIO_SPACE_ID and TRACKIO_SERVER_URL it needs no network",

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ SUMMARY = re.compile(
 class Source:
     """Where a data set has what. A column may be a path into one: `reward_model.ground_truth`.
 
+    `more` is a column that goes on behind the question, where it is not empty.
     `choices` are the columns of the options, the right one among them: one column with a list (or
     with ARC's lists `text` and `label`), or a column for each. `answer` then is the right option's
     label, letter, position or text. `train` and `test` are splits, None where there is none to be
@@ -50,6 +52,7 @@ class Source:
     train: str | None = "train"
     test: str | None = "test"
     gated: bool = False
+    more: str = ""
 
 
 GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -84,7 +87,7 @@ DATASETS = {
     "basicv8vc/SimpleQA": Source("science", "problem", "answer", train=None),
 }
 # Usual names, for data sets in whose columns none of the table's fits.
-QUESTIONS = ("question", "problem", "prompt", "query", "input", "instruction")
+QUESTIONS = ("question", "problem", "prompt", "query", "instruction", "input")
 CHOICES = ("choices", "options")
 ANSWERS = (
     "answerKey",
@@ -264,6 +267,8 @@ def find_columns(rows: Rows, known: Source | None, args, unlabelled: bool) -> So
     )
     source = next((source for source in entries if fits(source)), Source("", "", ""))
     question = args.question_column or source.question or next(filter(there, QUESTIONS), "")
+    guessed = not (args.question_column or source.question)
+    more = "input" if guessed and question == "instruction" and there("input") else ""  # Alpaca
     answer = args.answer_column or source.answer or next(filter(there, ANSWERS), "")
     choices = (args.choices_column,) if args.choices_column else source.choices
     if not choices and not args.question_column:  # options in a usual shape, though no entry fits
@@ -287,7 +292,7 @@ def find_columns(rows: Rows, known: Source | None, args, unlabelled: bool) -> So
         )
         there_are = dict.fromkeys(column for row in some for column in row)
         stop(f"--{flag}-column: {why}; the data set has the columns {', '.join(there_are)}")
-    return Source("", question, answer if there(answer) else "", choices)
+    return Source("", question, answer if there(answer) else "", choices, more=more)
 
 
 def value(row: dict, path: str) -> Any:
@@ -310,7 +315,13 @@ def as_text(found: Any) -> str:
         return ""
     if isinstance(found, datetime) and found.time() == time():  # a date, taken for a time
         found = found.date()
-    return str(found).strip()
+    return legible(str(found)).strip()
+
+
+def legible(text: str) -> str:
+    """The text, with a mark in the place of half a character: JSON can hold one half of an emoji,
+    no tokenizer can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def conversation_of(found: Any, column: str) -> tuple[tuple[tuple[str, str], ...], str]:
@@ -327,13 +338,14 @@ def conversation_of(found: Any, column: str) -> tuple[tuple[tuple[str, str], ...
             f"--question-column {column}: a text is wanted, or a list of messages "
             f'{{"role": ..., "content": ...}} that ends with the user\'s, not {str(found)[:60]!r}'
         )
-    return tuple(history), text.strip()
+    return tuple((role, legible(content)) for role, content in history), legible(text).strip()
 
 
 def options_of(found: list[Any]) -> list[tuple[str, str]]:
     """Label and text of every option, from the columns of the options: one with a list of texts, of
     {label, text}, with ARC's lists `text` and `label`, or with a text for each letter; or a text a
-    column. Stops where it is something else."""
+    column. Letters that all texts begin with, "(A)12 km", are no part of them. Stops where it is
+    something else."""
     if len(found) == 1:
         (one,) = found
         if isinstance(one, dict) and isinstance(one.get("text"), list):
@@ -352,12 +364,19 @@ def options_of(found: list[Any]) -> list[tuple[str, str]]:
         stop(
             f"--choices-column: a question has {len(found)} options; there are letters for {len(LETTERS)}"
         )
-    return [
+    options = [
         (as_text(x.get("label")), as_text(x.get("text")))
         if isinstance(x, dict)
         else ("", as_text(x))
         for x in found
     ]
+    own = [
+        re.fullmatch(rf"(?is)\(?{letter}[).:]\s*(\S.*)", text)
+        for letter, (_, text) in zip(LETTERS, options, strict=False)
+    ]
+    if len(own) > 1 and all(own):  # as a label the whole text: some answers repeat it
+        options = [(k or x, match[1]) for (k, x), match in zip(options, own, strict=True)]
+    return options
 
 
 def read(rows: Rows, columns: Source, seed: int, dropped: Counter | None = None) -> list[Question]:
@@ -371,6 +390,8 @@ def read(rows: Rows, columns: Source, seed: int, dropped: Counter | None = None)
     found = []
     for row in rows:
         history, text = conversation_of(value(row, columns.question), columns.question)
+        if columns.more:
+            text = "\n\n".join(filter(None, (text, as_text(value(row, columns.more)))))
         answer = value(row, columns.answer) if columns.answer else None
         if isinstance(answer, list | dict):
             stop(
@@ -385,9 +406,10 @@ def read(rows: Rows, columns: Source, seed: int, dropped: Counter | None = None)
     for (history, text, answer, options), place in zip(found, right, strict=True):
         order = arrangement(text, options, seed)
         reference = as_text(answer) or None
-        if order:
-            reference = LETTERS[order.index(place)] if place in order else None
-        question = Question(text, tuple(options[i][1] for i in order), reference, history)
+        texts = tuple(options[i][1] for i in order)
+        if order:  # of options with the same text the first is right, as in choose()
+            reference = LETTERS[texts.index(options[place][1])] if place in order else None
+        question = Question(text, texts, reference, history)
         questions.setdefault(question.message, question)
     dropped["asked before"] = len(found) - len(questions)
     return list(questions.values())
@@ -418,8 +440,8 @@ def right_options(rows: list[tuple[Any, list[tuple[str, str]]]]) -> list[int | N
 def readings(answer: Any, options: list[tuple[str, str]]) -> list[int | None]:
     """Which option an answer means as a label, a letter, a position from 0, a text, a position in
     quotes, and a position from 1; None where it means none."""
-    written, size = as_text(answer), len(options)
-    labels, texts = ([x[k] for x in options] for k in (0, 1))
+    written, size = unicodedata.normalize("NFC", as_text(answer)), len(options)
+    labels, texts = ([unicodedata.normalize("NFC", x[k]) for x in options] for k in (0, 1))
     letter = re.fullmatch(r"\(?([A-Z])[).:]?", written)
     number = re.fullmatch(r"(\d{1,3})(?:\.0*)?", written)
     number = int(number[1]) if number else -1

@@ -1,5 +1,6 @@
 """What the policy meets: problems, a user who replies, the truth, and a judge who may err."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -65,7 +66,9 @@ class Episode:
 class Environment:
     """Task, user and judge, as the flags say. Attributes: `chat`, the policy's chat format; `task`
     with its problems; `held_out`, those of the evaluation; `scale`, mean and deviation of the
-    reward model's first scores; `labels`, what a majority takes for right, by problem."""
+    reward model's first scores, or 0 and the unit of the reward function's; `labels`, what a
+    majority takes for right, by problem; `begun`, an update and how many problems had been drawn by
+    its end: 0, 0 or what a checkpoint says."""
 
     def __init__(self, args, chat, device: torch.device):
         self.args, self.chat, self.device = args, chat, device
@@ -82,6 +85,8 @@ class Environment:
             self.reward_fn = RewardFunction(args.reward_fn)
         self.scale: tuple[float, float] | None = None
         self.labels: dict[str, str] = {}
+        self.begun = 0, 0
+        self.save: Callable[[], None] = lambda: None  # `Run.restore` puts its own here
 
     def __str__(self) -> str:
         task = self.task
@@ -93,8 +98,13 @@ class Environment:
     def problems(self, update: int) -> list[Problem]:
         """The problems of an update, each --samples-per-prompt times."""
         args = self.args
-        different = self.task.batch(args.seed, update, args.prompts_per_update)
+        different = self.task.batch(args.seed, self.drawn(update - 1), args.prompts_per_update)
         return [problem for problem in different for _ in range(args.samples_per_prompt)]
+
+    def drawn(self, update: int) -> int:
+        """How many problems have been drawn by the end of an update."""
+        start, problems = self.begun
+        return problems + (update - start) * self.args.prompts_per_update
 
     def reply(self, episodes: list[Episode]) -> list[Episode]:
         """The user's next words are added; returns the episodes that go on. One ends where the user
@@ -135,14 +145,23 @@ class Environment:
             asked = [(*self.task.asked(e.problem), e.completions) for e in episodes]
             found = from_first(lambda: self.reward_fn.scores(asked))
             if isinstance(found, str):
+                self.save()  # the updates before this one
                 self.reward_fn.stop(found)
-            return self.limited(torch.tensor(found, device=self.device), episodes)
+            return self.limited(self.in_units(torch.tensor(found, device=self.device)), episodes)
         if self.labels:
             labels = [replace(e.problem, answer=self.labels[e.problem.key]) for e in episodes]
             return self.grade(
                 [replace(e, problem=label) for e, label in zip(episodes, labels, strict=True)]
             )
         return clean
+
+    def in_units(self, scores: Tensor) -> Tensor:
+        """A function's numbers in units of the power of ten that they reached at first: a critic
+        begins at zero and learns in steps of fixed size. Below ten they stay as they are."""
+        if self.scale is None:
+            most = scores.abs().max().item()
+            self.scale = 0.0, 10.0 ** math.floor(math.log10(most)) if most >= 10 else 1.0
+        return scores / self.scale[1]
 
     def score_turns(self, episodes: list[Episode], per: str = "turn") -> Tensor:
         """The reward model's scores (B, K) up to each of the last K turns, the whole episode's in
@@ -168,16 +187,11 @@ class Environment:
         return torch.tensor([e.finished for e in episodes], device=self.device)
 
     def pack(self, episodes: list[Episode]) -> Batch:
-        """The episodes as tensors, in the layout of utils/tensors.py. With --truncated mask nothing
-        counts as chosen in those that were cut off."""
+        """The episodes as tensors, in the layout of utils/tensors.py. With --truncated mask those
+        that were cut off have no weight in the policy's loss; a critic learns of them as of all."""
         batch = pack(episodes, self.chat.pad_id, self.device)
         if self.args.truncated == "mask":
-            batch["mask"] &= self.finished(episodes).unsqueeze(1)
-            if batch["mask"].sum() < 2:
-                stop(
-                    "all answers were cut off and --truncated mask leaves none; raise "
-                    "--max-new-tokens"
-                )
+            batch["sampler"] *= self.finished(episodes).unsqueeze(1)
         return batch
 
     def prepare(self, play: Callable[[list[Problem]], list[Episode]], run) -> None:
@@ -188,11 +202,8 @@ class Environment:
         from utils.world.votes import majority_vote
 
         args = self.args
-        first_epoch = -(-len(self.task.train) // args.prompts_per_update)  # has every problem
-        updates = range(1, min(args.updates, first_epoch) + 1)
-        visited = [
-            p for u in updates for p in self.task.batch(args.seed, u, args.prompts_per_update)
-        ]
+        some = min(self.drawn(args.updates), len(self.task.train))  # an epoch has every problem
+        visited = self.task.batch(args.seed, 0, some)
         self.labels = majority_vote(play, self.task, visited, args, run)
 
     # ---- what is reported of episodes ----

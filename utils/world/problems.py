@@ -27,11 +27,10 @@ class Task:
     def __init__(self, train: list[Problem], test: list[Problem], dropped: dict[str, int]):
         self.train, self.test, self.dropped = train, test, dropped
 
-    def batch(self, seed: int, update: int, size: int) -> list[Problem]:
-        """The problems of update 1, 2, ...: every epoch is a fresh permutation that depends on seed
-        and epoch alone."""
-        problems, count = [], len(self.train)
-        first, last = (update - 1) * size, update * size
+    def batch(self, seed: int, first: int, size: int) -> list[Problem]:
+        """The next problems after the `first` ones: every epoch is a fresh permutation that depends
+        on seed and epoch alone."""
+        problems, count, last = [], len(self.train), first + size
         for epoch in range(first // count, (last - 1) // count + 1):
             order = random.Random(f"{seed} order {epoch}").sample(range(count), count)
             start = epoch * count

@@ -47,7 +47,7 @@ class RewardFunction:
     def score(self, question: str, answer: str, completions: list[str]) -> float:
         try:
             found = self.function(question, answer, list(completions))
-        except (Exception, SystemExit) as error:  # it is a program of others
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # it is a program of others
             raise Refusal(blame(error)) from error
         number = found.item() if getattr(found, "ndim", None) == 0 else found  # numpy, torch
         if not isinstance(number, Real) or not abs(number) < 3e38:  # float32; NaN is not below it

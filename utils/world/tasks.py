@@ -30,20 +30,27 @@ class MathTask(Task):
         return float(is_correct(completions[-1], problem.answer, self.words))
 
     def asked(self, problem: Problem) -> tuple[str, str]:
-        """Question and reference, of options the letter, as --reward-fn is given them."""
-        return problem.key, str(problem.answer)
+        """Question and reference, of options the letter, as --reward-fn is given them; "" where no
+        reference is known."""
+        return problem.key, "" if problem.answer is None else str(problem.answer)
 
     def final_answer(self, problem: Problem, completion: str) -> str:
         """The final answer in a form in which equal letters, numbers, words or expressions are
-        equal strings: of equal expressions the first that came. "" where there is none."""
+        equal strings: of equal answers the first that came. 50% is not 0.5 here, for it may be 50:
+        the sign stays, and so do units. "" where there is none."""
         if problem.options:
             return choose(completion, problem.options) or ""
-        found = extract(completion, self.words) or ""
-        number = quantity(found)[0]
-        if number is not None or self.words:
-            return normal(found) if number is None else str(number)
+        found = extract(completion, self.words)
+        if not found:
+            return ""
+        number, text, unit = quantity(found)
+        if number is not None and not unit:
+            found = str(number) + "%" * ("%" in text)
+        elif self.words:
+            found = normal(found)
         known = self.voted.setdefault(problem.key, [])
-        equal = [answer for answer in known if same_answer(found, answer)]
+        alike = [answer for answer in known if ("%" in answer) == ("%" in found)]
+        equal = [answer for answer in alike if same_answer(found, answer, self.words)]
         known += [] if equal else [found]
         return (equal or [found])[0]
 
@@ -84,7 +91,7 @@ class ScienceTask(MathTask):
 
 def load_task(args, chat: Chat) -> Task:
     """Both splits as the flags under "the task" say, as prompts. Drops what is too long, what of
-    train is in test and what has no reference (majority votes make their own), and stops with one
+    train is in test and what has no reference and needs one, and stops with one
     sentence where something does not fit."""
     if "{question}" not in args.prompt_template:
         stop(f"--prompt-template {args.prompt_template!r}: it must contain {{question}}")
@@ -96,7 +103,7 @@ def load_task(args, chat: Chat) -> Task:
     splits: dict[str, list[Problem]] = {"test": [], "train": []}
     dropped: dict[str, int] = {}
     for name, problems in splits.items():
-        open_label = name == "train" and args.noise == "majority-vote"
+        open_label = name == "train" and unlabelled(args)
         known = [row for row in rows[name] if row[2] is not None or open_label]
         asked = [
             Problem(key, a, prompt(chat, args.prompt_template, q), options)
@@ -122,6 +129,11 @@ def load_task(args, chat: Chat) -> Task:
     # args.json then tells of how many problems a score is the mean
     args.eval_size = min(args.eval_size, len(splits["test"]))
     return kind(splits["train"], splits["test"], dropped)
+
+
+def unlabelled(args) -> bool:
+    """Whether training needs no references: votes make their own, a reward function may need none."""
+    return args.noise == "majority-vote" or getattr(args, "reward_fn", None) is not None
 
 
 def prompt(chat: Chat, template: str, asked: str | list[dict[str, str]]) -> list[int]:
@@ -158,6 +170,6 @@ def load_questions(args) -> tuple[Callable, Rows, Lost]:
 
     loaded = {
         "test": problems("test", args.test_dataset or args.dataset, args.test_split, False),
-        "train": problems("train", args.dataset, args.train_split, args.noise == "majority-vote"),
+        "train": problems("train", args.dataset, args.train_split, unlabelled(args)),
     }
     return {"math": MathTask, "science": ScienceTask}[args.task], loaded, lost
