@@ -56,7 +56,7 @@ def test_greedy_measures_are_those_of_the_scripts(run_evaluate, run_main, task):
     model, data = str(ASSETS / f"tiny_{task}"), ASSETS / "data" / f"tiny_{task}"
     there = {"schema": data} if task == "dialogue" else {"dataset": (str(data),)}
     turns = 4 if task == "dialogue" else 1
-    rows, lines = run_evaluate(model=model, task=task, limit=8, max_turns=turns, **there)
+    rows, lines = run_evaluate(model=model, task=task, eval_size=8, max_turns=turns, **there)
     flags = {"task": task, "model": model, "dataset": str(data), "max_new_tokens": 48}
     flags |= {"max_turns": turns, "eval_size": 8, "updates": 1, "prompts_per_update": 1}
     frame = pd.read_csv(run_main("grpo_baseline", noise="none", **flags) / "metrics.csv")

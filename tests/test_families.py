@@ -36,6 +36,7 @@ from transformers import (
 )
 
 import ppo_baseline as ppo
+from benchmark.checks import families
 from tests.conftest import bare_world
 from utils import checkpoints
 from utils.chat import TODAY, Chat
@@ -311,6 +312,12 @@ MIXTURES = {
         "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "MiniMaxM2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Lfm2Moe", "Qwen3Next"])
+def test_training_sees_what_decoding_saw_in_mixtures_and_hybrids(name):
+    """benchmark/checks/families.py has more of them."""
+    assert 0 < families.gap(name) < 1e-4
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -100,7 +100,7 @@ def test_the_commands_check_their_numbers(tmp_path):
         (tokens, {"runs": (tmp_path,), "rows": 0, "out": page}, "--rows 0: must be at least 1"),
         *((talk, {flag: -1}, "must be at least") for flag in ("play", "count", "max_turns", "temperature")),
         (talk, {"temperature": float("inf")}, "--temperature inf"),
-        (evaluate, {"limit": 0}, "--limit 0"),
+        (evaluate, {"eval_size": 0}, "--eval-size 0"),
         (evaluate, {"device": "meta"}, "--device meta"),
         (reward_model, {"goals": 0}, "--goals 0"),
         (reward_model, {"learning_rate": float("inf")}, "--learning-rate inf"),

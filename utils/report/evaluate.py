@@ -79,7 +79,7 @@ class Args:
     """dialogue: a folder in the format of Schema-Guided Dialogue"""
     test_split: str = "test"
     """dialogue: the split of the schema whose goals are played"""
-    limit: int | None = None
+    eval_size: int | None = None
     """the first problems only"""
     prompt_template: str = "{question}"
     """the user message around the question"""
@@ -142,7 +142,7 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
     ]
     if not problems:
         stop(f"--dataset {name}: no problem with a reference there")
-    return task, problems[: args.limit]
+    return task, problems[: args.eval_size]
 
 
 @torch.no_grad()
