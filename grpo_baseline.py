@@ -288,7 +288,7 @@ def main(args: Args) -> None:
         advantages = group_advantages(scores, args).unsqueeze(1) * mask
         if args.advantage == "reinforce_pp":
             advantages = whiten(advantages, mask)
-        batch["advantages"] = advantages * batch["sampler"]  # 1 for own decoding
+        batch["advantages"] = advantages * batch["sampler"]  # 1, as a rule
         log.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---

@@ -376,7 +376,7 @@ def main(args: Args) -> None:
         batch |= score_tokens(critic, batch, args)
         advantages, targets = advantages_and_targets(rewards, batch, args)
         batch |= targets
-        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1 for own decoding
+        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1, as a rule
         return_variance = batch["returns"][mask].var().clamp(min=0.01)
         log.lap("score")
 

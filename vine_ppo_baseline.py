@@ -324,7 +324,7 @@ def main(args: Args) -> None:
         starts = batch["starts"] = line_starts(batch, chat)  # Vine: values are sampled
         batch["values"], vines = sample_values(policy, env, episodes, scores, batch, args, update)
         advantages = gae(rewards, batch["values"], mask, starts, args.gae_lambda)  # Vine
-        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1 for own decoding
+        batch["advantages"] = whiten(advantages, mask) * batch["sampler"]  # 1, as a rule
         log.lap("score")
 
         # --- 7.5 update: micro-batches add up to the gradient of their minibatch ---

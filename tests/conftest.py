@@ -140,6 +140,19 @@ def command(small_flags):
 
 
 @pytest.fixture
+def parse(monkeypatch):
+    """parse(script, *words): its command line as Args."""
+
+    def parsed(script: str, *words):
+        from utils.args import parse_args
+
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        return parse_args(importlib.import_module(script).Args, None)
+
+    return parsed
+
+
+@pytest.fixture
 def shell(tmp_path):
     """shell(words): run a command in a temporary folder, capturing its output."""
 

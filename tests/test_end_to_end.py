@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.conftest import ROOT, SCRIPTS, read_metrics, read_samples
-from utils.args import parse_args
 from utils.dialogue import talk
 from utils.report.plot import plot_runs, read_run
 from utils.run import Run
@@ -25,17 +23,6 @@ from utils.world.environment import Environment
 
 # for what needs answers that end: the embedded model
 EMBEDDED = {"model": str(ROOT / "assets" / "tiny_math"), "max_new_tokens": 32}
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """parse(script, *words): its command line as Args."""
-
-    def parsed(script: str, *words):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        return parse_args(importlib.import_module(script).Args, None)
-
-    return parsed
 
 
 def read_transcripts(folder: Path) -> list[dict]:

@@ -16,23 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT, read_metrics, read_samples
-from utils.args import parse_args
 from utils.card import command, model_card
 from utils.models import load_policy, save_policy, trainable
 from utils.run import start_tracker
 from utils.scale.processes import by_first
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """parse(script, *words): its command line as Args."""
-
-    def parsed(script: str, *words):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        return parse_args(importlib.import_module(script).Args, None)
-
-    return parsed
-
 
 # ---- cards ----
 

@@ -90,7 +90,7 @@ class TaskArgs:
     temperature: float = 1.0
     """of sampling; log-probabilities are those of the tempered distribution"""
     truncated: Literal["wrong", "grade", "mask"] = "wrong"
-    """an answer without EOS is wrong, is graded as it stands, or so and left out of the policy's loss"""
+    """an answer without EOS: wrong, or graded, or graded but with advantage 0 (docs/noise.md)"""
     rollout_batch_size: int = 256
     """episodes decoded at once, in evaluation too (bounds the memory of the KV cache)"""
 

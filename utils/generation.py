@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     """Tokens up to and including the first EOS; for each its log-probability under the tempered
     policy, and that policy's entropy. A greedy answer is certain: both are 0. `gap`: by how much
     that log-probability exceeds the one with which the token was drawn; 0 but for another engine's
-    (utils/engine.py)."""
+    (utils/scale/engine.py)."""
 
     tokens: list[int]
     logprobs: list[float]

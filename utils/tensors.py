@@ -31,7 +31,7 @@ def pack(episodes: list, pad_id: int, device: torch.device) -> Batch:
     `logprobs`, `entropy` (B, T): of the policy that sampled, 0 where it chose nothing;
     `sampler` (B, T): a token's weight in the policy's loss: pi_old / pi_engine, at most RATIO_CAP,
     where another engine has sampled (truncated importance sampling, Ionides 2008); 0 where
-    --truncated mask leaves an answer out; else 1."""
+    --truncated mask leaves an answer out; as a rule 1."""
 
     def grid(rows: list[list], filler) -> Tensor:
         width = max(map(len, rows))

@@ -157,7 +157,7 @@ class Environment:
 
     def in_units(self, scores: Tensor) -> Tensor:
         """A function's numbers in units of the power of ten that they reached at first: a critic
-        begins at zero and learns in steps of fixed size. Below ten they stay as they are."""
+        begins at their mean and learns in steps of fixed size. Below ten they stay as they are."""
         if self.scale is None:
             most = scores.abs().max().item()
             self.scale = 0.0, 10.0 ** math.floor(math.log10(most)) if most >= 10 else 1.0
