@@ -463,8 +463,7 @@ def differences(all_runs: dict[str, pd.DataFrame]):
                 axis.plot(mean, len(ticks), **look | {"markersize": 6, "markerfacecolor": face})
                 label = f"{method} − {other}" if e.against else method
                 ticks.append(f"{label}, {in_words(arm)}" if len(arms) > 1 else label)
-                # every seed is seen, if not every interval's end
-                reach = max(reach, 1.1 * abs(found).max())
+                reach = max(reach, 1.1 * abs(np.array([*found, low, high])).max())
         axis.axvline(0, color="0.3", lw=0.8)
         axis.set_yticks(range(len(ticks)), ticks)
         axis.set_ylim(max(len(ticks), 1) - 0.5, -0.6)
@@ -485,7 +484,7 @@ def worth(runs: pd.DataFrame):
     start = runs.xs("PPO, lambda 0.5", level="method")["start"].mean()
     figure, (left, right) = style.panels(2, 2, (5.2, 3.9))
     scores = {m: values(runs, WORTH, m).to_numpy() for m in methods}
-    ranked = sorted((m for m in methods if len(scores[m])), key=lambda m: scores[m].mean())
+    ranked = sorted((m for m in methods if len(scores[m])), key=lambda m: summary(scores[m])[0])
     for i, method in enumerate(ranked):
         middle, low, high = summary(scores[method])
         color = names[method]["color"]
