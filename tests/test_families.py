@@ -42,6 +42,7 @@ from utils import checkpoints
 from utils.chat import TODAY, Chat
 from utils.dialogue.reward_model import load_reward_model
 from utils.generation import generate
+from utils.metrics import UpdateLog
 from utils.models import load_policy
 from utils.tensors import pack
 from utils.world.problems import Problem
@@ -318,6 +319,19 @@ MIXTURES = {
 def test_training_sees_what_decoding_saw_in_mixtures_and_hybrids(name):
     """benchmark/checks/families.py has more of them."""
     assert 0 < families.gap(name) < 1e-4
+
+
+def test_a_run_whose_model_decodes_otherwise_than_it_reads_stops():
+    """The first minibatch of a run tells: the policy has not moved since it sampled."""
+    for kl, update, gap in ((0.02, 1, 0.2), (0.6, 2, float("nan")), (0.6, 1, None)):
+        log = UpdateLog(CPU)
+        log.add({"losses/approx_kl": torch.tensor(kl)})
+        if gap is None:
+            with pytest.raises(SystemExit, match="disagree by 1.10 nats a token"):
+                log.end_minibatch({}, update)
+        else:
+            log.end_minibatch({}, update)
+            assert log.gap == pytest.approx(gap, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
