@@ -74,9 +74,8 @@ def save_checkpoint(
         torch.save({**state, "adapters": adapters}, into / "state.pt")
         if not complete_checkpoints(run):  # the first one is read back: better now than after a day
             saved_policy(into / "policy", "auto")
-            if critic is not None and shapes(kept_weights(into / "critic", critic)) != shapes(
-                heads
-            ):
+            kept = kept_weights(into / "critic", critic) if critic else {}
+            if shapes(kept) != shapes(heads):
                 raise RuntimeError("the critic's weights do not come back as they are")
 
     write_whole(folder, write, keep)
@@ -112,8 +111,8 @@ def restore(
     folder: Path, state: dict[str, Any], policy, critic, optimizer
 ) -> tuple[dict[str, Any], int]:
     """Give policy, critic and optimizer what `load_checkpoint` found; returns the scales of the
-    reward models, and how many problems have been drawn. Stops with one sentence where a checkpoint, whole as it may be, is another
-    run's, or an older version's."""
+    rewards, and how many problems have been drawn. Stops with one sentence where a checkpoint, whole
+    as it may be, is another run's, or an older version's."""
     try:
         restore_policy(policy, folder, state)
         if critic is not None:
