@@ -22,6 +22,7 @@ format: $(VENV)/developing
 
 model: $(VENV)/installed
 	$(PYTHON) -m assets.make.tiny_math
+	$(PYTHON) -m assets.make.tiny_long # goes on from tiny_math
 	$(PYTHON) -m assets.make.tiny_science
 	$(PYTHON) -m assets.make.tiny_dialogue
 	$(PYTHON) -m utils.reward_model --device cpu

@@ -114,7 +114,7 @@ class MethodArgs:
 class Args(MethodArgs, UpdateArgs, RewardArgs, TaskArgs, RunArgs):
     """Seed, model, data, noise and the like are in utils/args.py."""
 
-    task: Literal["math", "science", "dialogue"] = "dialogue"
+    task: Literal["math", "science", "long", "dialogue"] = "dialogue"
     model: str = "assets/tiny_dialogue"
     dataset: str = "assets/data/tiny_dialogue"
     max_turns: int = 12

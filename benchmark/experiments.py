@@ -5,6 +5,7 @@ All methods of an experiment share prompts, noise, budget and evaluation. To add
 to EXPERIMENTS."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 Flags = dict[str, object]
 
@@ -24,8 +25,9 @@ class Experiment:
     `extra` for a method in an arm. A method's runs are compared with those of the method that
     `against` names for it, by default the first one (None: with none). A `grid` is reported with
     its arms as columns, VRPO against its rivals, and averages over the noisy arms. `measures` are
-    further columns of the tables, with their titles. `seconds` is what a run took on one thread of
-    a two-core machine."""
+    further columns of the tables, with their titles. `score` is what methods are compared by: the
+    last evaluation, or the mean of the sampled clean accuracy over the run. `seconds` is what a run
+    took on one thread of a two-core machine."""
 
     about: str
     flags: Flags
@@ -36,6 +38,7 @@ class Experiment:
     against: dict[str, str] | None = field(default_factory=dict)
     grid: bool = False
     measures: dict[str, str] = field(default_factory=dict)
+    score: Literal["last", "mean"] = "last"
     seconds: float = 65.0
 
 
@@ -94,6 +97,22 @@ REAL: Flags = {
 }  # fmt: skip
 
 
+# The world of long answers: each run has 576 training problems of its own, met once.
+LONG: Flags = {
+    "task": "long", "updates": 24, "prompts_per_update": 24, "epochs": 1, "minibatch_size": 24,
+    "learning_rate": 1e-4, "eval_every": 8, "eval_size": 256, "save_every": 12,
+}  # fmt: skip
+
+
+def horizon(lam: float) -> Flags:
+    """Lambda of advantages and targets alike."""
+    return {"gae_lambda": lam, "critic_lambda": lam}
+
+
+LAMBDAS = (1.0, 0.99, 0.95, 0.5)
+FAR = horizon(1.0)
+
+
 def with_critics(critic: Flags, vrpo: Flags, vrpo_script: str = "vrpo_math") -> dict[str, Method]:
     """PPO, GRPO and VRPO with the critic's earlier settings and those that are given."""
     critic = {"critic_lambda": 1.0} | critic
@@ -123,6 +142,11 @@ def both(word: str, flag: str, *values: float, recipes: tuple[str, ...] = ()) ->
     }
 
 
+def lambdas(name: str, *values: float) -> dict[str, Method]:
+    """A method with a critic at each value of both lambdas."""
+    return {f"{name}, lambda {x:g}": Method(METHODS[name].script, horizon(x)) for x in values}
+
+
 def methods(*names: str) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
 
@@ -145,6 +169,13 @@ READS = ("critic_reads",)
 KNOWN = {
     "critic/explained_variance_first": "explained variance, first state",
     "critic/explained_variance_last": "last state",
+}
+
+
+LONG_MEASURES = {"sampled/right_steps": "right steps"}
+READING = {
+    f"VRPO that reads, lambda {lam:g}": Method("vrpo_math", {"gae_lambda": lam}, READS)
+    for lam in (0.5, 0.95)
 }
 
 
@@ -345,6 +376,62 @@ EXPERIMENTS = {
             "eval/impatient": "broken off by the user",
         },
         seconds=600.0,
+    ),
+    "long_tuning": Experiment(
+        "three learning rates of the policy on long answers, on seeds and held-out problems of "
+        "their own",
+        LONG | {"train_split": "train[:3584]", "test_split": "train[3584:]"},
+        methods("GRPO") | lambdas("PPO", 1.0, 0.95) | lambdas("VRPO", 1.0) | READING,
+        {
+            f"{arm}, learning rate {rate:g}": ARMS[arm] | {"learning_rate": rate}
+            for arm in ("symmetric 0.2", "no noise")
+            for rate in RATES
+        },
+        (101, 102),
+        against=None,
+        score="mean",
+        seconds=120.0,
+    ),
+    "long_answers": Experiment(
+        "all methods on long answers, those with a critic at four lambdas",
+        LONG,
+        lambdas("PPO", *LAMBDAS)
+        | lambdas("VRPO", *LAMBDAS)
+        | methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++")
+        | READING
+        | {"blind, lambda 1": oracle(1.0, oracle_knows="nothing", **FAR)}
+        | lambdas("DVPO", 1.0, 0.95)
+        | lambdas("robust PPO", 1.0, 0.95)
+        | {"oracle, lambda 0.5": oracle(1.0, **HALF), "Vine 4": vine(4, "observed")},
+        {name: ARMS[name] for name in ("symmetric 0.2", "no noise", "symmetric 0.1")},
+        against={
+            f"{name}, lambda {lam:g}": f"PPO, lambda {lam:g}"
+            for name, lams in (
+                ("VRPO", LAMBDAS),
+                ("DVPO", (1.0, 0.95)),
+                ("robust PPO", (1.0, 0.95)),
+            )
+            for lam in lams
+        },
+        measures=LONG_MEASURES | KNOWN,
+        score="mean",
+        seconds=120.0,
+    ),
+    "long_parts": Experiment(
+        "VRPO and its parts on long answers at lambda 1, on seeds of their own",
+        LONG,
+        lambdas("PPO", 1.0)
+        | {
+            "VRPO, lambda 1": Method("vrpo_math", FAR),
+            "no price": Method("vrpo_math", FAR | {"beta": 0.0}),
+            "no semantic losses": Method("vrpo_math", FAR | NO_WORDS),
+            "no code": Method("vrpo_math", FAR | {"bottleneck_layers": 0}, ("bottleneck_layers",)),
+        },
+        SYMMETRIC,
+        tuple(range(11, 31)),
+        measures=LONG_MEASURES | KNOWN,
+        score="mean",
+        seconds=120.0,
     ),
     "word_problems": Experiment(
         "SmolLM2-135M on word problems of one equation",

@@ -48,6 +48,7 @@ RATES = {
 WORTH = "symmetric 0.3"  # the arm of critic_worth that carries the claims
 WORTH_RATES = RATES | {"symmetric 0.4": 0.4}
 TITLES = {
+    "mean": "mean of the run",
     "last": "last",
     "peak": "peak",
     "critic/explained_variance_clean": "explained variance, clean",
@@ -142,12 +143,15 @@ def load(name: str) -> pd.DataFrame:
 
 
 def by_run(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each run: start, last and peak score, and the training metrics of the last span
-    between evaluations."""
+    """One row for each run: start, last and peak score, mean clean reward of the sampled answers, and
+    the training metrics of the last span between evaluations."""
     groups = frame.sort_values("update").groupby(["arm", "method", "seed"], sort=False)
     runs = groups.tail(1).set_index(["arm", "method", "seed"])
     score = groups["score"]
-    return runs.assign(start=score.first(), last=score.last(), peak=score.max()).sort_index()
+    found = {"start": score.first(), "last": score.last(), "peak": score.max()}
+    if "reward/clean" in frame:
+        found["mean"] = groups["reward/clean"].mean()
+    return runs.assign(**found).sort_index()
 
 
 def ordered(name: str, runs: pd.DataFrame) -> tuple[list[str], list[str]]:
@@ -169,9 +173,11 @@ def values(runs: pd.DataFrame, arm: str, method: str, key: str = "last") -> pd.S
         return pd.Series(dtype=float)
 
 
-def difference(runs: pd.DataFrame, arm: str, method: str, rival: str) -> np.ndarray:
-    """Of the last scores, for the seeds that both have."""
-    return (values(runs, arm, method) - values(runs, arm, rival)).dropna().to_numpy()
+def difference(
+    runs: pd.DataFrame, arm: str, method: str, rival: str, key: str = "last"
+) -> np.ndarray:
+    """Of the last scores, or of another measure, for the seeds that both have."""
+    return (values(runs, arm, method, key) - values(runs, arm, rival, key)).dropna().to_numpy()
 
 
 def other_of(name: str, method: str) -> str | None:
@@ -299,24 +305,27 @@ def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
 
 
 def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
-    """A row for each arm and method: last score, its difference from another method, peak (not if
-    `brief`), and the measures that some run has (their middle alone if `brief`)."""
+    """A row for each arm and method: the experiment's score, its difference from another method,
+    peak (not if `brief`), and the measures that some run has (their middle alone if `brief`)."""
     (arms, methods), most = ordered(name, runs), most_seeds(runs)
-    titles = TITLES | EXPERIMENTS[name].measures
+    titles, score = TITLES | EXPERIMENTS[name].measures, EXPERIMENTS[name].score
     some = [key for key in titles if key in runs and runs[key].notna().any()]
-    some = [key for key in some if not (brief and key == "peak")]
-    header = ["arm", "method", "last", "difference (95 %, Student's t)", *map(titles.get, some[1:])]
+    hidden = {"mean", score} | ({"peak"} if brief else set())
+    some = [score, *(key for key in some if key not in hidden)]
+    middle, *others = map(titles.get, some)
+    header = ["arm", "method", middle, "difference (95 %, Student's t)", *others]
     rows = []
     for arm in arms:
         for method in methods:
             found = {key: values(runs, arm, method, key).to_numpy() for key in some}
-            if not len(found["last"]):
+            if not len(found[score]):
                 continue
-            last, *cells = (cell_of(x, most, brief and key != "last") for key, x in found.items())
+            first, *cells = (cell_of(x, most, brief and key != score) for key, x in found.items())
             less, other = "", other_of(name, method)
-            if other and (number := cell(student(difference(runs, arm, method, other)), True)):
-                less = f"{number} from {other}"
-            rows.append([in_words(arm), method, last, less, *cells])
+            if other:
+                less = cell(student(difference(runs, arm, method, other, score)), True)
+                less = less and f"{less} from {other}"
+            rows.append([in_words(arm), method, first, less, *cells])
     unused = {0} if brief and len(arms) == 1 else set()
     unused |= {3} if EXPERIMENTS[name].against is None else set()
     header, *rows = [[x for i, x in enumerate(row) if i not in unused] for row in [header, *rows]]
@@ -359,6 +368,10 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
 
 # ==== Figures =====================================================================================
 
+SCORES = {
+    "last": "clean held-out accuracy at the end",
+    "mean": "clean accuracy of the samples, mean of the run",
+}
 WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
 
 
@@ -454,7 +467,8 @@ def differences(all_runs: dict[str, pd.DataFrame]):
         for arm in arms:
             for method, look in looks(name, methods).items():
                 other = other_of(name, method)
-                if not other or len(found := difference(runs, arm, method, other)) < 3:
+                found = difference(runs, arm, method, other, e.score) if other else ()
+                if len(found) < 3:
                     continue
                 mean, low, high = student(found)
                 face = look["color"] if low > 0 or high < 0 else "white"
@@ -513,6 +527,29 @@ def worth(runs: pd.DataFrame):
     return figure
 
 
+def ranked(name: str, runs: pd.DataFrame):
+    """The experiment's score, a panel for each arm, its methods in the order of the first: a dot for
+    each seed, and the summary."""
+    arms, methods = ordered(name, runs)
+    score, names = EXPERIMENTS[name].score, looks(name, methods)
+    found = {(a, m): values(runs, a, m, score).to_numpy() for a in arms for m in methods}
+    rows = sorted(
+        methods, key=lambda m: np.mean(found[arms[0], m]) if len(found[arms[0], m]) else 0
+    )
+    figure, axes = style.panels(len(arms), 3, (4.2, 0.8 + 0.24 * len(rows)), sharey=True)
+    for axis, arm in zip(axes, arms, strict=True):
+        for i, method in enumerate(rows):
+            if len(x := found[arm, method]):
+                middle, low, high = summary(x)
+                color = names[method]["color"]
+                axis.plot([low, high], [i, i], color=color, lw=2, alpha=0.5)
+                axis.plot(x, [i] * len(x), ".", color=color, markersize=4)
+                axis.plot(middle, i, **names[method] | {"ls": "", "markersize": 7})
+        axis.set_yticks(range(len(rows)), rows)
+        style.name(axis, in_words(arm), SCORES[score])
+    return figure
+
+
 # ==== Main ========================================================================================
 
 
@@ -546,6 +583,8 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
     runs, found = by_run(frame), {}
     if name == "critic_worth":
         return {name: worth(runs)}
+    if EXPERIMENTS[name].score == "mean":
+        return {name: ranked(name, runs)}
     if name not in NO_CURVES:
         found[name] = curves(name, frame, runs)
     if EXPERIMENTS[name].grid:

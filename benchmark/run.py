@@ -48,7 +48,8 @@ METRICS = (
     "objective/kl_ref", "objective/advantage_noise", "critic/explained_variance",
     "critic/explained_variance_clean", "critic/explained_variance_first",
     "critic/explained_variance_last", "charts/verifier_calls", "vrpo/ib_kl",
-    "grpo/zero_variance_groups", "sampled/impatient",
+    "grpo/zero_variance_groups", "sampled/impatient", "sampled/right_steps",
+    "eval/right_steps",
 )  # fmt: skip
 KEY = ["method", "arm", "seed", "digest"]
 

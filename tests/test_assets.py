@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets.make import tiny_dialogue
+from assets.make import tiny_dialogue, tiny_long
 from assets.make import tiny_math as maker
 from tests.conftest import ROOT
 from utils.dialogue import reward_model
@@ -77,9 +77,11 @@ def test_model_size_and_accuracy():
 
 SMALL = {"batch_size": 2, "hidden_size": 32, "layers": 1}
 MATH = SMALL | {"steps": 3, "train_size": 50, "test_size": 10}
+LONG = {"batch_size": 2, "steps": 2, "train_size": 20, "test_size": 4}
+MADE = [(maker, MATH), (tiny_dialogue, SMALL | {"steps": 2}), (tiny_long, LONG)]
 
 
-@pytest.mark.parametrize("made", [(maker, MATH), (tiny_dialogue, SMALL | {"steps": 2})])
+@pytest.mark.parametrize("made", MADE)
 def test_a_maker_is_deterministic(tmp_path, monkeypatch, made):
     module, flags = made
     monkeypatch.chdir(ROOT)

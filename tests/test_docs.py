@@ -15,7 +15,7 @@ from utils.dialogue.goals import DOMAINS
 from utils.dialogue.task import DialogueTask
 from utils.recipe import Recipe, hunk, replaced
 from utils.world.problems import Problem
-from utils.world.tasks import MathTask
+from utils.world.tasks import LongTask
 
 FAMILY = (*SCRIPTS, "vrpo_dialogue")
 README = ROOT / "README.md"
@@ -124,9 +124,9 @@ def test_the_critic_of_the_readme():
 def measured() -> set[str]:
     """The names that the tasks' `measure` returns, those of single domains excepted."""
     dialogue = DialogueTask.load(ROOT / "assets" / "data" / "tiny_dialogue", "train", "test", 1)
-    math = MathTask([], [Problem("q", "1", [])], {})
+    chain = LongTask([], [Problem("q", "1", [])], {})
     names = set(dialogue.measure([(p, []) for p in dialogue.test[:6]]))
-    names |= set(math.measure([(math.test[0], ["1"])]))
+    names |= set(chain.measure([(chain.test[0], ["1"])]))
     return {name for name in names if not re.search("_(unseen|" + "|".join(DOMAINS) + ")$", name)}
 
 

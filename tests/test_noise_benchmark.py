@@ -541,6 +541,32 @@ def test_an_ablation_is_compared_with_the_default_of_its_method(monkeypatch, tmp
     assert "from" not in lines["PPO, lambda 0.95"] and "+0.000" in lines["PPO, lambda 1"]
 
 
+def test_long_runs_are_compared_by_the_mean_of_what_they_sampled(monkeypatch, tmp_path):
+    """The start has no samples; the last evaluation stands beside it."""
+    rows, names = [], ("PPO, lambda 1", "VRPO, lambda 1")
+    for job in bench.jobs_of("long_parts", (11, 12, 13)):
+        for update, sampled in ((0, None), (8, 0.2), (16, 0.3)) if job.method in names else ():
+            more = 0.02 * (job.method == names[1])
+            row = dict(zip(bench.KEY, job.key, strict=True)) | {
+                "update": update,
+                "episodes": update,
+            }
+            row |= {"eval/accuracy": 0.7, "reward/clean": sampled and sampled + more}
+            rows.append(row | {"sampled/right_steps": sampled and 0.8})
+    pd.DataFrame(rows).to_csv(tmp_path / "long_parts.csv", index=False)
+    for module in (bench, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    frame = report.load("long_parts")
+    lines = report.tables("long_parts", report.by_run(frame), brief=True).splitlines()
+    assert lines[2] == (
+        "| method | mean of the run | difference (95 %, Student's t) | last | right steps |"
+    )
+    assert lines[4].startswith("| PPO, lambda 1 | 0.250 (0.250 to 0.250) |  | 0.700 | 0.800 |")
+    assert "| +0.020 (+0.020 to +0.020) from PPO, lambda 1 | 0.700 |" in lines[5]
+    (figure,) = report.figures("long_parts", frame).values()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
+
+
 def test_what_a_method_is_compared_with_is_there_and_is_the_default():
     for name, e in experiments.EXPERIMENTS.items():
         for method, other in (e.against or {}).items():

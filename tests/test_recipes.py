@@ -176,7 +176,7 @@ def test_a_critic_that_reads(cook, run_main, tiny_model, tiny_data):
     assert not torch.allclose(low, high)
     assert torch.equal(hidden[..., :-1], hidden_states(critic.backbone, part))
     for flags in ({"task": "science"}, {"noise": "majority-vote"}):
-        with pytest.raises(SystemExit, match="only --task math has worked solutions"):
+        with pytest.raises(SystemExit, match="only --task math and long have worked solutions"):
             module.main(module.Args(**flags))
 
 

@@ -54,7 +54,7 @@ class RunArgs:
 
 @dataclass
 class TaskArgs:
-    task: Literal["math", "science", "dialogue"] = "math"
+    task: Literal["math", "science", "long", "dialogue"] = "math"
     """what the policy is asked; the defaults of some flags go with it (utils/args.py, DEFAULTS)"""
     model: str = "assets/tiny_math"
     """policy at the start and frozen reference: a Hugging Face folder or hub id"""
@@ -124,6 +124,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "science": {
         "model": "assets/tiny_science", "dataset": "assets/data/tiny_science", "updates": 30,
         "prompts_per_update": 64, "max_turns": 1, "max_new_tokens": 64, "reward_model": None,
+        "noise": "symmetric", "kl_coef": 0.0,
+    },
+    "long": {
+        "model": "assets/tiny_long", "dataset": "assets/data/tiny_long", "updates": 40,
+        "prompts_per_update": 64, "max_turns": 1, "max_new_tokens": 112, "reward_model": None,
         "noise": "symmetric", "kl_coef": 0.0,
     },
     "dialogue": {

@@ -110,7 +110,7 @@ def of_rollout(
     count, tokens = len(episodes), sum(e.length for e in episodes)
     gap = torch.tensor([abs(x) for e in episodes for x in e.gap])
     extra = {}
-    if env.args.task == "dialogue":  # of questions it would be reward/clean once more
+    if env.args.task in ("dialogue", "long"):  # of others it would be reward/clean once more
         extra |= {f"sampled/{name}": share for name, share in env.measure(episodes).items()}
     if gap.any():  # |log pi - log pi_engine|, where another engine drew the tokens
         extra |= {"charts/engine_gap": gap.sum().item() / tokens}

@@ -290,14 +290,15 @@ def solve(steps: list[Step], mistakes: random.Random | None = None) -> list[int 
 
 
 def work(
-    steps: list[Step], mistakes: random.Random | None = None
+    steps: list[Step], mistakes: random.Random | None = None, rates: dict[str, float] = MISTAKES
 ) -> list[tuple[int, str, int, int] | None]:
     """The lines (left, op, right, result) of the right solution or, with `mistakes`, of the
-    careless student's."""
+    careless student's, who makes the mistake of a kind of step with the probability `rates` gives
+    for it."""
     lines: list[tuple[int, str, int, int] | None] = []
     for step in steps:
         left, op, right = step.left, step.op, step.right
-        if mistakes is not None and mistakes.random() < MISTAKES[step.kind]:
+        if mistakes is not None and mistakes.random() < rates[step.kind]:
             if step.careless is None:
                 lines.append(None)
                 continue
@@ -338,12 +339,15 @@ def is_test(solution: str) -> bool:
     return hashlib.sha256(solution.encode()).digest()[0] < 32
 
 
-def make_data(folder: Path, train_size: int, test_size: int, seed: int) -> None:
-    """Write train.jsonl and test.jsonl with the columns `question` and `answer`."""
+def make_data(
+    folder: Path, train_size: int, test_size: int, seed: int, make: Callable = make_problem
+) -> None:
+    """Write train.jsonl and test.jsonl with the columns `question` and `answer`, of problems by
+    `make(rng)`."""
     rng, seen = random.Random(seed), set()
     splits = {"train": (train_size, []), "test": (test_size, [])}
     while any(len(rows) < size for size, rows in splits.values()):
-        question, steps = make_problem(rng)
+        question, steps = make(rng)
         answer = write_up(work(steps))
         size, rows = splits["test" if is_test(answer) else "train"]
         if len(rows) < size and question not in seen:
@@ -354,15 +358,17 @@ def make_data(folder: Path, train_size: int, test_size: int, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def careless_examples(count: int, seed: int) -> list[tuple[str, str]]:
+def careless_examples(
+    count: int, seed: int, make: Callable = make_problem, rates: dict[str, float] = MISTAKES
+) -> list[tuple[str, str]]:
     """(question, the careless student's solution) pairs; no problem of the test set among them."""
     rng, examples = random.Random(seed), []
     while len(examples) < count:
-        question, steps = make_problem(rng)
+        question, steps = make(rng)
         if is_test(write_up(work(steps))):
             continue
         for _ in range(20):
-            lines = work(steps, mistakes=rng)
+            lines = work(steps, rng, rates)
             if any(lines) and in_bounds(
                 lines
             ):  # a solution needs a line, and the student never meets a negative number
@@ -448,7 +454,9 @@ class Args(Training):
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, rows: list[dict], temperature: float | None = None) -> float:
+def accuracy(
+    model, tokenizer, rows: list[dict], temperature: float | None = None, longest: int = 64
+) -> float:
     """Share of right answers by greedy decoding or, with a temperature, by sampling."""
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": r["question"]}], add_generation_prompt=True, tokenize=False) for r in rows]  # fmt: skip
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -458,7 +466,9 @@ def accuracy(model, tokenizer, rows: list[dict], temperature: float | None = Non
         else {"do_sample": True, "temperature": temperature, "top_k": 0}
     )
     output = model.generate(
-        **{k: inputs[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=64, **sampling
+        **{k: inputs[k] for k in ("input_ids", "attention_mask")},
+        max_new_tokens=longest,
+        **sampling,
     )
     completions = tokenizer.batch_decode(
         output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -473,12 +483,7 @@ Row = tuple[
 ]  # tokens, and labels of the same length: -100 where nothing is to be learnt
 
 
-def train(
-    args, tokenizer, examples: Callable[[int, int], list[Row]], report: Callable[[object], str]
-) -> LlamaForCausalLM:
-    """Next-token prediction, on the labelled tokens alone, from `examples(count, seed)`; prints
-    `report(model)` now and then."""
-    torch.manual_seed(args.seed)
+def new_model(args, tokenizer) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -492,7 +497,20 @@ def train(
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def train(
+    args,
+    tokenizer,
+    examples: Callable[[int, int], list[Row]],
+    report: Callable[[object], str],
+    start: Path | None = None,
+) -> LlamaForCausalLM:
+    """Next-token prediction, on the labelled tokens alone, from `examples(count, seed)`, of a new
+    model or of the one in the folder `start`; prints `report(model)` now and then."""
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM.from_pretrained(start) if start else new_model(args, tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
     )

@@ -4,6 +4,7 @@ without an RL loop in the way.
     python benchmark/studies/critic_study.py              # all parts: hours; stop and go on at will
     python benchmark/studies/critic_study.py --parts noise --seeds 1 2 --critics plain VRPO
     python benchmark/studies/critic_study.py --report     # tables and figure from the CSV alone
+    python benchmark/studies/critic_study.py --task long --parts data passes --out long.csv
 
 A fit is what main() of the script does with its critic when the policy stands still, by the
 script's own functions: 256 rollouts an update, values and targets of the update, two epochs in
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import ppo_baseline as ppo  # noqa: E402
 from benchmark.jobs import RESULTS, Task, digest, make, module_of  # noqa: E402
 from benchmark.report import markdown, renew  # noqa: E402
+from utils.args import DEFAULTS  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 from utils.keyed import permutation, row_seeds, seed_torch  # noqa: E402
@@ -172,12 +174,11 @@ def text(flags: dict) -> str:
     return " ".join(words) or "default"
 
 
-def rollouts(model: str, dataset: str, seed: int, count: int):
+def rollouts(where: dict, seed: int, count: int):
     """The policy, and `count` + FRESH episodes of it, four to a prompt: batch, clean rewards,
     prompt keys. Kept on disk."""
-    args = ppo.Args(
-        model=model, dataset=dataset, seed=seed, prompts_per_update=UPDATE // 4, device="cpu"
-    )
+    args = ppo.Args(**where, seed=seed, prompts_per_update=UPDATE // 4, device="cpu")
+    model, dataset = args.model, args.dataset
     device = set_up(args)
     policy, chat = start_policy(args, device)
     file = CACHE / f"episodes-{Path(model).name}-{Path(dataset).name}-{seed}-{count}.pt"
@@ -220,7 +221,7 @@ def fit(job: Fit, where: dict) -> list[dict]:
     module = module_of(script, recipes)
     args = module.Args(**flags)
     count = max(2560, job.rollouts)
-    policy, batch, clean, keys = rollouts(where["model"], where["dataset"], job.seed, count)
+    policy, batch, clean, keys = rollouts(where, job.seed, count)
     observed = observed_rewards(args, clean, keys, batch["mask"])
     rewards = ppo.place_rewards(observed, batch)
     fresh = torch.arange(len(clean) - FRESH, len(clean))
@@ -525,12 +526,14 @@ class Args:
     """of these"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of rollouts, flips, order and initial weights (tuning has its own)"""
+    task: Literal["math", "long"] = "math"
+    """whose embedded policy and problems"""
     channel: str = WHERE["noise"]
     """--noise of the scripts, at the rates of the part"""
-    model: str = WHERE["model"]
-    """policy whose rollouts are valued"""
-    dataset: str = WHERE["dataset"]
-    """its problems"""
+    model: str | None = None
+    """policy whose rollouts are valued; default: the task's"""
+    dataset: str | None = None
+    """its problems; default: the task's"""
     workers: int = 2
     """fits at a time, one thread each"""
     out: Path = RESULTS / "critic_study.csv"
@@ -573,7 +576,10 @@ def main(args: Args) -> None:
     os.chdir(ROOT)
     if unknown := set(args.critics) - set(CRITICS):
         stop(f"--critics {' '.join(unknown)}: there are {', '.join(CRITICS)}")
-    where = {"noise": args.channel, "model": args.model, "dataset": args.dataset}
+    usual, where = DEFAULTS[args.task], {"noise": args.channel}
+    where |= {key: getattr(args, key) or usual[key] for key in ("model", "dataset")}
+    if args.task != "math":
+        where |= {"task": args.task, "max_new_tokens": usual["max_new_tokens"]}
     done, failed = set(map(tuple, results(args.out)[KEY].to_numpy())), []
     jobs = [job for job in fits(args.seeds) if key(job, where) not in done]
     jobs = [job for job in jobs if job.part in args.parts and job.critic in args.critics]

@@ -35,7 +35,7 @@ class Args(ImitationArgs, ppo.MethodArgs, ppo.UpdateArgs, RewardArgs, TaskArgs, 
 
 
 def main(args: Args) -> None:
-    if args.task != "math":
+    if args.task not in ("math", "long"):
         stop(f"--task {args.task}: only mathematics has worked solutions to imitate")
     kept = []
 

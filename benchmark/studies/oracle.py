@@ -84,7 +84,7 @@ def oracle(args: Args, episode, chat) -> list[float]:
 def main(args: Args) -> None:
     if not 0 <= args.oracle_share <= 1:
         stop(f"--oracle-share {args.oracle_share}: must be in [0, 1]")
-    if args.noise not in ("none", "symmetric") or args.task != "math":
+    if args.noise not in ("none", "symmetric") or args.task not in ("math", "long"):
         stop("the oracle knows the embedded maths problems under --noise none or symmetric")
 
     said = []  # of the newest episodes that were sampled

@@ -45,7 +45,7 @@ from utils.models import load_policy, pick_device
 from utils.world.data import DATASETS, load_split, split_name
 from utils.world.environment import Episode
 from utils.world.problems import Problem, Task
-from utils.world.tasks import MathTask, ScienceTask, check_context, prompt
+from utils.world.tasks import QUESTIONS, check_context, prompt
 
 MEASURES = (
     "accuracy",
@@ -64,7 +64,7 @@ class Args:
     policy beside --critic, else the task's embedded model"""
     critic: Path | None = None
     """a run's checkpoints/<update>/critic, whose values are compared with the verdicts"""
-    task: Literal["math", "science", "dialogue"] | None = None
+    task: Literal["math", "science", "long", "dialogue"] | None = None
     """how answers are judged; default: as the table of data sets says, else science where there are
     options, else math"""
     dataset: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ def load_problems(args: Args, name: str, chat: Chat) -> tuple[Task, list[Problem
             if any(q.options for q in questions)
             else "math"
         )
-        task = {"math": MathTask, "science": ScienceTask}[args.task or known]([], [], {})
+        task = QUESTIONS[args.task or known]([], [], {})
     problems = [
         Problem(key, a, prompt(chat, args.prompt_template, q), options)
         for key, q, a, options in rows

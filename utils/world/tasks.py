@@ -1,5 +1,6 @@
 """Tasks: questions and goals turned into prompts, and graded."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from utils.errors import stop
 from utils.world.answers import choose, extract, is_correct, normal, quantity, same_answer
 from utils.world.data import load_split, split_name
 from utils.world.problems import Problem, Task
+
+EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(-?\d+)")  # a line of a worked solution
 
 
 class MathTask(Task):
@@ -89,6 +92,38 @@ class ScienceTask(MathTask):
     words = True
 
 
+class LongTask(MathTask):
+    """Chains of calculations, one equation a line, each with the result of the one before: of those
+    the right steps are counted too."""
+
+    def measure(self, pairs: list[tuple[Problem, list[str]]]) -> dict[str, float]:
+        """The share of right answers, and of the steps that are right."""
+        shares = [right_steps(texts[-1], str(problem.answer)) for problem, texts in pairs]
+        return super().measure(pairs) | {"right_steps": sum(shares) / len(pairs)}
+
+
+def right_steps(said: str, solution: str) -> float:
+    """The share of a worked solution's lines whose step the answer takes: the equation in its place
+    does the same, without a slip, to what the answer had come to there, right or wrong. So one
+    wrong step costs one line. NaN where the solution has no equations."""
+    found, asked = EQUATION.findall(said), EQUATION.findall(solution)
+    if not asked:
+        return float("nan")
+    before, right = asked[0][0], 0
+    for (left, op, operand, result), (_, *step, _) in zip(found, asked, strict=False):
+        right += left == before and [op, operand] == step and result == calculate(left, op, operand)
+        before = result
+    return right / len(asked)
+
+
+def calculate(left: str, op: str, right: str) -> str:
+    """What stands behind `=`; "" where nothing can."""
+    a, b = int(left), int(right)
+    if op == "/":
+        return str(a // b) if b and a % b == 0 else ""
+    return str({"+": a + b, "-": a - b, "*": a * b}[op])
+
+
 def load_task(args, chat: Chat) -> Task:
     """Both splits as the flags under "the task" say, as prompts. Drops what is too long, what of
     train is in test and what has no reference and needs one, and stops with one
@@ -153,6 +188,8 @@ def check_context(chat: Chat, problems: list[Problem], max_new_tokens: int) -> N
         )
 
 
+QUESTIONS = {"math": MathTask, "science": ScienceTask, "long": LongTask}
+
 # For "train" and "test": key, first message or conversation, what counts as right, options; and
 # what has been left out, by reason.
 Rows = dict[str, list[tuple[str, str | list[dict[str, str]], Any, tuple[str, ...]]]]
@@ -172,4 +209,4 @@ def load_questions(args) -> tuple[Callable, Rows, Lost]:
         "test": problems("test", args.test_dataset or args.dataset, args.test_split, False),
         "train": problems("train", args.dataset, args.train_split, unlabelled(args)),
     }
-    return {"math": MathTask, "science": ScienceTask}[args.task], loaded, lost
+    return QUESTIONS[args.task], loaded, lost
