@@ -26,8 +26,8 @@ class Experiment:
     `against` names for it, by default the first one (None: with none). A `grid` is reported with
     its arms as columns, VRPO against its rivals, and averages over the noisy arms. `measures` are
     further columns of the tables, with their titles. `score` is what methods are compared by: the
-    last evaluation, or the mean of the sampled clean accuracy over the run. `seconds` is what a run
-    took on one thread of a two-core machine."""
+    last evaluation, the mean of all after the start, or the mean over the run of the sampled
+    answers' clean accuracy. `seconds` is what a run took on one thread of a two-core machine."""
 
     about: str
     flags: Flags
@@ -38,7 +38,7 @@ class Experiment:
     against: dict[str, str] | None = field(default_factory=dict)
     grid: bool = False
     measures: dict[str, str] = field(default_factory=dict)
-    score: Literal["last", "mean"] = "last"
+    score: Literal["last", "evaluations", "mean"] = "last"
     seconds: float = 65.0
 
 
@@ -177,6 +177,26 @@ READING = {
     f"VRPO that reads, lambda {lam:g}": Method("vrpo_math", {"gae_lambda": lam}, READS)
     for lam in (0.5, 0.95)
 }
+
+
+# Recipes, each on the first script that it names, with the flags that it needs to act.
+KL: Flags = {"kl_coef": 0.05}
+RECIPES: dict[str, Flags] = {
+    "huber": {}, "value_clip": {}, "value_probability": {}, "hl_gauss": {}, "bounded_values": {},
+    "prompt_normalised_error": {}, "pessimistic_ensemble": {}, "shared_backbone": {},
+    "critic_warmup": {}, "explained_variance_gate": {}, "lambda_gate": HALF, "lambda_by_error": {},
+    "lambda_by_length": {}, "group_baseline": {}, "no_whitening": {}, "clip_higher": {},
+    "dual_clip": {}, "clipped_weights": {}, "sequence_ratio": {"clip_range": 3e-4},
+    "uncertain_fifth": {}, "imitate_right_answers": {}, "negative_first": {},
+    "linear_schedule": {}, "kl_in_loss": KL, "master_key": {}, "majority_relabel": {},
+    "reads_reference": {}, "informative_groups": {}, "target_nats": {}, "learned_lm_head": {},
+    "critic_reads": HALF,
+}  # fmt: skip
+ON = {
+    "informative_groups": GRPO, "target_nats": "vrpo_math", "learned_lm_head": "vrpo_math",
+    "critic_reads": "vrpo_math",
+}  # fmt: skip
+PARENTS = {"ppo_baseline": "PPO", GRPO: "GRPO", "vrpo_math": "VRPO"}
 
 
 EXPERIMENTS = {
@@ -432,6 +452,27 @@ EXPERIMENTS = {
         measures=LONG_MEASURES | KNOWN,
         score="mean",
         seconds=120.0,
+    ),
+    "recipes": Experiment(
+        "every recipe and the script that it changes, without noise and under flips",
+        SMALL | {"train_split": None},
+        methods("PPO", "GRPO", "VRPO")
+        | {"PPO, KL 0.05": Method("ppo_baseline", KL)}
+        | {"Monte-Carlo targets": Method("ppo_baseline", {"critic_lambda": 1.0})}
+        | {
+            name: Method(ON.get(name, "ppo_baseline"), flags, (name,))
+            for name, flags in RECIPES.items()
+        }
+        | {f"{count} bottleneck layers": layers(count) for count in (0, 2)}
+        | vrpo({"the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5}}),
+        {name: ARMS[name] for name in ("symmetric 0.2", "no noise")},
+        against={name: PARENTS[ON[name]] for name in ON}
+        | {"kl_in_loss": "PPO, KL 0.05"}
+        | dict.fromkeys(
+            ("0 bottleneck layers", "2 bottleneck layers", "the paper's weights"), "VRPO"
+        ),
+        score="evaluations",
+        seconds=70.0,
     ),
     "word_problems": Experiment(
         "SmolLM2-135M on word problems of one equation",

@@ -49,6 +49,7 @@ WORTH = "symmetric 0.3"  # the arm of critic_worth that carries the claims
 WORTH_RATES = RATES | {"symmetric 0.4": 0.4}
 TITLES = {
     "mean": "mean of the run",
+    "evaluations": "mean of the evaluations",
     "last": "last",
     "peak": "peak",
     "critic/explained_variance_clean": "explained variance, clean",
@@ -149,6 +150,7 @@ def by_run(frame: pd.DataFrame) -> pd.DataFrame:
     runs = groups.tail(1).set_index(["arm", "method", "seed"])
     score = groups["score"]
     found = {"start": score.first(), "last": score.last(), "peak": score.max()}
+    found["evaluations"] = (score.sum() - score.first()) / (score.count() - 1)
     if "reward/clean" in frame:
         found["mean"] = groups["reward/clean"].mean()
     return runs.assign(**found).sort_index()
@@ -310,7 +312,7 @@ def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
     (arms, methods), most = ordered(name, runs), most_seeds(runs)
     titles, score = TITLES | EXPERIMENTS[name].measures, EXPERIMENTS[name].score
     some = [key for key in titles if key in runs and runs[key].notna().any()]
-    hidden = {"mean", score} | ({"peak"} if brief else set())
+    hidden = {"mean", "evaluations", score} | ({"peak"} if brief else set())
     some = [score, *(key for key in some if key not in hidden)]
     middle, *others = map(titles.get, some)
     header = ["arm", "method", middle, "difference (95 %, Student's t)", *others]
@@ -370,6 +372,7 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
 
 SCORES = {
     "last": "clean held-out accuracy at the end",
+    "evaluations": "clean held-out accuracy, mean of the evaluations",
     "mean": "clean accuracy of the samples, mean of the run",
 }
 WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
