@@ -361,8 +361,57 @@ def worth_table(runs: pd.DataFrame) -> str:
     return f"Cells: {kind(most, True)}: {about}.\n\n" + markdown(header, rows)
 
 
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """p values that hold for all of them together (Holm 1979)."""
+    found, least = {}, 0.0
+    for rank, (key, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
+        least = max(least, (len(p) - rank) * value)
+        found[key] = min(least, 1.0)
+    return found
+
+
+def effects(name: str, runs: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
+    """By arm and method, the differences of the experiment's score from the method that it is
+    compared with, of the seeds that both have; three seeds or more."""
+    (arms, methods), score = ordered(name, runs), EXPERIMENTS[name].score
+    found = {
+        (arm, method): difference(runs, arm, method, other, score)
+        for arm in arms
+        for method in methods
+        if (other := other_of(name, method))
+    }
+    return {key: x for key, x in found.items() if len(x) > 2}
+
+
+def effects_table(name: str, runs: pd.DataFrame) -> str:
+    """A row for each method that another is its parent: the differences in every arm, and in the
+    first whether they hold for all rows together."""
+    (arms, methods), found = ordered(name, runs), effects(name, runs)
+    sure = holm(
+        {m: stats.ttest_1samp(x, 0).pvalue for (arm, m), x in found.items() if arm == arms[0]}
+    )
+    rows = [
+        [
+            method,
+            other_of(name, method),
+            *(cell(student(found.get((arm, method), np.array([]))), True) for arm in arms),
+            f"{sure[method]:.2f}" if method in sure else "",
+        ]
+        for method in methods
+        if any((arm, method) in found for arm in arms)
+    ]
+    most = max((len(x) for x in found.values()), default=0)
+    header = ["recipe", "parent", *map(in_words, arms), f"{in_words(arms[0])}: p by Holm"]
+    title = TITLES[EXPERIMENTS[name].score]
+    return f"Differences of the {title} (95 %, Student's t), {most} seeds:\n\n" + markdown(
+        header, rows
+    )
+
+
 def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
     """All tables of an experiment, or those for the pages."""
+    if brief and name == "recipes":
+        return effects_table(name, runs)
     if brief and name == "critic_worth":
         return worth_table(runs)
     return (grid_tables if EXPERIMENTS[name].grid else plain_table)(name, runs, brief)
@@ -470,8 +519,7 @@ def differences(all_runs: dict[str, pd.DataFrame]):
         for arm in arms:
             for method, look in looks(name, methods).items():
                 other = other_of(name, method)
-                found = difference(runs, arm, method, other, e.score) if other else ()
-                if len(found) < 3:
+                if not other or len(found := difference(runs, arm, method, other)) < 3:
                     continue
                 mean, low, high = student(found)
                 face = look["color"] if low > 0 or high < 0 else "white"
@@ -553,6 +601,29 @@ def ranked(name: str, runs: pd.DataFrame):
     return figure
 
 
+def forest(name: str, runs: pd.DataFrame):
+    """Differences from the method compared with, a row for each, a mark and its 95 % interval for
+    each arm: filled where it leaves zero."""
+    (arms, methods), found = ordered(name, runs), effects(name, runs)
+    rows = [m for m in methods if any((arm, m) in found for arm in arms)]
+    rows.sort(key=lambda m: found[arms[0], m].mean() if (arms[0], m) in found else 0)
+    figure, (axis,) = style.panels(1, 1, (6.5, 0.8 + 0.24 * max(len(rows), 1)))
+    for n, (arm, color) in enumerate(zip(arms, ("#D55E00", "#0072B2", "0.5"), strict=False)):
+        for i, method in enumerate(rows):
+            if (arm, method) in found:
+                at, (mean, low, high) = i + 0.18 * (0.5 - n), student(found[arm, method])
+                face = color if low > 0 or high < 0 else "white"
+                axis.plot([low, high], [at, at], color=color, lw=1.5)
+                axis.plot(mean, at, "o", color=color, markerfacecolor=face, markersize=5)
+        axis.plot([], [], "o-", color=color, label=in_words(arm))
+    axis.axvline(0, color="0.3", lw=0.8)
+    axis.set_yticks(range(len(rows)), rows)
+    score = SCORES[EXPERIMENTS[name].score]
+    style.name(axis, f"{name.replace('_', ' ')}: difference from the parent", score)
+    style.legend(figure, [axis])
+    return figure
+
+
 # ==== Main ========================================================================================
 
 
@@ -586,6 +657,8 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
     runs, found = by_run(frame), {}
     if name == "critic_worth":
         return {name: worth(runs)}
+    if name == "recipes":
+        return {name: forest(name, runs)}
     if EXPERIMENTS[name].score == "mean":
         return {name: ranked(name, runs)}
     if name not in NO_CURVES:
@@ -596,8 +669,10 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
 
 
 def compared() -> dict:
-    """The figure of differences of all experiments but the grid, as a dict like `figures`."""
-    frames = {name: load(name) for name, e in EXPERIMENTS.items() if not e.grid}
+    """The figure of differences of all experiments that compare last scores, the grid excepted, as a
+    dict like `figures`."""
+    some = [name for name, e in EXPERIMENTS.items() if not e.grid and e.score == "last"]
+    frames = {name: load(name) for name in some}
     frames = {name: frame for name, frame in frames.items() if frame["seed"].nunique() > 2}
     runs = {
         name: by_run(frame)

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from benchmark import experiments, jobs, report
 from benchmark import run as bench
@@ -568,6 +569,32 @@ def test_long_runs_are_compared_by_the_mean_of_what_they_sampled(monkeypatch, tm
     assert "| +0.020 (+0.020 to +0.020) from PPO, lambda 1 | 0.700 |" in lines[5]
     (figure,) = report.figures("long_parts", frame).values()
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
+
+
+def test_effects_of_recipes(monkeypatch, tmp_path):
+    """Three seeds, a gain of 0.1 +- 0.01 under flips; its p by hand, times the number of rows."""
+    rows, gains = [], {"PPO": 0.0, "huber": 0.1, "dual_clip": 0.0}
+    for job in bench.jobs_of("recipes", (1, 2, 3)):
+        if job.method in gains and job.arm == "symmetric 0.2":
+            gain = gains[job.method] + (job.method != "PPO") * 0.01 * (job.seed - 2)
+            for update, accuracy in ((0, 0.9), (5, 0.5 + gain), (10, 0.6 + gain)):
+                row = {"update": update, "episodes": update, "eval/accuracy": accuracy}
+                rows.append(dict(zip(bench.KEY, job.key, strict=True)) | row)
+    pd.DataFrame(rows).to_csv(tmp_path / "recipes.csv", index=False)
+    for module in (bench, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    runs = report.by_run(report.load("recipes"))
+    assert report.values(runs, "symmetric 0.2", "PPO", "evaluations").tolist() == [0.55] * 3
+    *_, huber, dual = report.tables("recipes", runs, brief=True).splitlines()
+    p = stats.t.sf(0.1 / (0.01 / 3**0.5), 2) * 2
+    reach = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
+    interval = f"+0.100 (+{0.1 - reach:.3f} to +{0.1 + reach:.3f})"
+    assert huber == f"| huber | PPO | {interval} | {2 * p:.2f} |"
+    assert dual.endswith("| 1.00 |")
+    assert report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06}
+    )
+    assert list(report.figures("recipes", report.load("recipes"))) == ["recipes"]
 
 
 def test_what_a_method_is_compared_with_is_there_and_is_the_default():
