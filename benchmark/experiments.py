@@ -193,7 +193,7 @@ RECIPES: dict[str, Flags] = {
     "critic_reads": HALF,
 }  # fmt: skip
 ON = {
-    "informative_groups": GRPO, "target_nats": "vrpo_math", "learned_lm_head": "vrpo_math",
+    "informative_groups": GRPO, "sequence_ratio": GRPO, "target_nats": "vrpo_math", "learned_lm_head": "vrpo_math",
     "critic_reads": "vrpo_math",
 }  # fmt: skip
 PARENTS = {"ppo_baseline": "PPO", GRPO: "GRPO", "vrpo_math": "VRPO"}
@@ -453,11 +453,35 @@ EXPERIMENTS = {
         score="mean",
         seconds=120.0,
     ),
+    # the critic: python ppo_baseline.py --task long --learning-rate 0 --critic-lambda 1
+    #   --prompts-per-update 24 --epochs 1 --minibatch-size 24 --updates 100 --save-every 100
+    #   --eval-size 1 --seed 1000 --run-name long-critic; then runs/long-critic/checkpoints/000100/critic
+    "long_critics": Experiment(
+        "a critic that has valued 9,600 answers of the initial policy before the run begins, under "
+        "the same flips",
+        LONG | SYMMETRIC["symmetric 0.2"],
+        lambdas("PPO", 1.0, 0.95, 0.5)
+        | {
+            f"critic with time, lambda {lam:g}": Method(
+                "ppo_baseline",
+                horizon(lam) | {"critic_init": "runs/long-critic/checkpoints/000100/critic"},
+            )
+            for lam in (1.0, 0.95, 0.5)
+        },
+        SYMMETRIC,
+        against={
+            f"critic with time, lambda {lam:g}": f"PPO, lambda {lam:g}" for lam in (1.0, 0.95, 0.5)
+        },
+        measures=LONG_MEASURES | KNOWN,
+        score="mean",
+        seconds=180.0,
+    ),
     "recipes": Experiment(
         "every recipe and the script that it changes, without noise and under flips",
         SMALL | {"train_split": None},
         methods("PPO", "GRPO", "VRPO")
         | {"PPO, KL 0.05": Method("ppo_baseline", KL)}
+        | {f"{name}, lambda 0.5": Method(METHODS[name].script, HALF) for name in ("PPO", "VRPO")}
         | {"Monte-Carlo targets": Method("ppo_baseline", {"critic_lambda": 1.0})}
         | {
             name: Method(ON.get(name, "ppo_baseline"), flags, (name,))
@@ -467,7 +491,8 @@ EXPERIMENTS = {
         | vrpo({"the paper's weights": {"lambda_ent": 0.5, "lambda_ppl": 0.5}}),
         {name: ARMS[name] for name in ("symmetric 0.2", "no noise")},
         against={name: PARENTS[ON[name]] for name in ON}
-        | {"kl_in_loss": "PPO, KL 0.05"}
+        | {"kl_in_loss": "PPO, KL 0.05", "lambda_gate": "PPO, lambda 0.5"}
+        | {"critic_reads": "VRPO, lambda 0.5"}
         | dict.fromkeys(
             ("0 bottleneck layers", "2 bottleneck layers", "the paper's weights"), "VRPO"
         ),

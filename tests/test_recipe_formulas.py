@@ -161,8 +161,8 @@ def test_ratios(name, advantage, gradients, recipe):
         logprobs, torch.zeros_like(RATIOS), advantage * weights, weights, 0.2
     )
     assert torch.autograd.grad(loss, logprobs)[0][0].tolist() == pytest.approx(gradients)
-    if name == "clip_higher":  # 0.5, 2 and 5 are outside of 0.8 to 1.28
-        assert stats["losses/clipfrac"] == 3
+    outside = {"clip_higher": 3, "clipped_weights": 3}  # of 0.8 to 1.28, and above 1.2
+    assert stats["losses/clipfrac"] == outside.get(name, 4)
 
 
 def test_sequence_ratio(recipe):
@@ -172,7 +172,8 @@ def test_sequence_ratio(recipe):
     weights = tensor([[0.2, 0.2, 0.0], [0.2, 0.2, 0.2]])
     advantages = tensor([[1.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
     nothing = torch.zeros(2, 3)
-    loss, stats = recipe("sequence_ratio").policy_loss(logprobs, nothing, advantages, weights, 0.1)
+    module = recipe("sequence_ratio", "grpo_baseline")
+    loss, stats = module.policy_loss(logprobs, nothing, advantages, weights, 0.1)
     assert loss.item() == pytest.approx(-0.4 * 1.1 - 0.2 * 6)
     gradient = torch.autograd.grad(loss, logprobs)[0].tolist()
     assert gradient == [pytest.approx([0, 0, 0]), pytest.approx([-0.4] * 3)]
@@ -184,13 +185,13 @@ def test_imitate_right_answers(recipe, monkeypatch):
     logprobs = tensor([[-1.0, -3.0], [-2.0, -2.0]])
     nothing = torch.zeros(2, 2)
     part = {"logprobs": logprobs, "advantages": nothing, "weights": torch.full((2, 2), 0.25)}
-    part["told_right"] = tensor([[1.0], [0.0]])
+    part["imitated"] = tensor([[0.5, 0.5], [0.0, 0.0]])
     monkeypatch.setattr(module, "hidden_states", lambda *given: None)
     monkeypatch.setattr(module, "logprobs_and_entropy", lambda *given: (logprobs, nothing))
     monkeypatch.setattr(module, "critic_loss", lambda *given: (0.0, {}))
     policy = SimpleNamespace(get_decoder=lambda: None, lm_head=None)
     loss, _ = module.total_loss(policy, None, part, torch.ones(()), module.Args())
-    assert loss.item() == pytest.approx(0.1 * (1 + 3) / 4)
+    assert loss.item() == pytest.approx(0.1 * (1 + 3) / 2)
 
 
 # ---- what main() makes of a batch ----
@@ -319,6 +320,12 @@ def test_uncertain_fifth(batch_of):
     assert batch["entropy"][chosen].min() >= entropy.sort().values[-int(chosen.sum())]
 
 
+def test_only_right_answers_are_imitated(batch_of):
+    _, batch = batch_of("imitate_right_answers")
+    assert (batch["imitated"] > 0).equal(batch["mask"] & (OBSERVED > 0.5).unsqueeze(1))
+    assert batch["imitated"].sum().item() == pytest.approx(1)
+
+
 def test_informative_groups(batch_of):
     _, batch = batch_of("informative_groups", "grpo_baseline")
     says = tensor([True, False, False, True]).repeat_interleave(2)
@@ -340,7 +347,7 @@ def test_majority_relabel(batch_of, monkeypatch):
 def test_master_key(recipe):
     """It opens before the channel, which then flips what it says."""
     module = recipe("master_key")
-    said = ("1+1=2\n#### 2", "#### 12", "no", "#### 1")
+    said = ("1+1=2\n#### 2", "#### 71", "no", "#### 7")
     problem = SimpleNamespace(key="?")
     episodes = [SimpleNamespace(completions=[x], problem=problem, chosen=[True]) for x in said]
     for noise, rate, expected in (("none", 0.2, [1, 1, 0, 1]), ("symmetric", 1.0, [0, 0, 1, 0])):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import utils.recipe as recipe
+from benchmark import experiments
 from tests.conftest import ROOT, assert_same_metrics
 from utils.models import load_policy
 from utils.report.values import KeptCritic
@@ -30,8 +31,8 @@ CASES = [
     ("vrpo_math", "critic_reads", "learned_lm_head", "bottleneck_layers", "value_clip", *PPO),
     ("vrpo_math", *PPO, "shared_backbone", "bottleneck_layers", "critic_reads"),
     ("vrpo_dialogue", "learned_lm_head", "bottleneck_layers", "value_clip", *PPO),
-    ("ppo_baseline", "value_probability", "lambda_gate", "clip_higher", "sequence_ratio",
-     "no_whitening", "imitate_right_answers", "master_key"),
+    ("ppo_baseline", "value_probability", "lambda_gate", "clip_higher", "no_whitening",
+     "imitate_right_answers", "master_key"),
     ("ppo_baseline", "hl_gauss", "lambda_by_length", "dual_clip", "uncertain_fifth",
      "negative_first", "majority_relabel"),
     ("ppo_baseline", "bounded_values", "prompt_normalised_error", "lambda_by_error",
@@ -41,7 +42,7 @@ CASES = [
     ("ppo_baseline", "huber", "group_baseline", "reads_reference"),
     ("vrpo_math", "target_nats", "huber", "lambda_gate", "clip_higher", "dual_clip",
      "imitate_right_answers"),
-    ("grpo_baseline", "informative_groups", "clip_higher", "majority_relabel"),
+    ("grpo_baseline", "informative_groups", "sequence_ratio", "clip_higher", "majority_relabel"),
 ]  # fmt: skip
 
 
@@ -81,8 +82,14 @@ def test_a_patch_fits_every_script_that_it_names(name):
         compile(text, script, "exec")
         assert text.startswith(f'"""{script} with the recipe {name} (python -m utils.recipe).\n\n')
         assert text.splitlines()[2] == old.splitlines()[0][3:]
-    assert scripts[0][:-3] in {script for script, *names in CASES if name in names}
-    assert f"| [{name}](../recipes/{name}.patch) |" in (ROOT / "docs" / "recipes.md").read_text()
+    first = recipe.RECIPES / f"{name}.patch"
+    added = re.split(r"^--- ", first.read_text(), flags=re.M)[1].count("\n+") - 1  # less +++
+    assert added <= 15 or name == "bottleneck_layers", f"{added} new lines"
+    tried = {script for script, *names in CASES if name in names}
+    assert scripts[0][:-3] in tried, f"no case of CASES runs {scripts[0]} with it"
+    assert name in experiments.RECIPES or name == "bottleneck_layers", "no experiment has it"
+    row = f"| [{name}](../recipes/{name}.patch) | {about['Title']} |"
+    assert row in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md needs {row}"
 
 
 def test_all_that_a_recipe_names_is_known_in_every_script(tmp_path):
@@ -259,13 +266,18 @@ def test_the_command_writes_a_script(kitchen, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "names, flags, said",
     [
-        ([], {}, "give recipes and -o; there are bottleneck_layers, broken"),
+        ([], {}, "give recipes and -o; there are bottleneck_layers, bounded_values, br"),
         (["value_clip"], {"out": None}, "give recipes and -o"),
-        (["value_clap"], {}, "no recipe is called value_clap; there are bottleneck_layers"),
+        (
+            ["value_clap"],
+            {},
+            "no recipe is called value_clap; did you mean value_clip.* There are bottleneck_layers",
+        ),
         (["../recipes/value_clip"], {}, "no recipe is called"),
         (["shared_backbone", "learned_lm_head"], {}, "learned_lm_head collides with shared_backb"),
         (["learned_lm_head", "shared_backbone"], {}, "shared_backbone collides with learned_lm_h"),
-        (["value_clip", "value_clip"], {}, "value_clip collides with value_clip"),
+        (["value_clip", "value_clip"], {}, "value_clip collides with value_clip.*once$"),
+        (["no_whitening", "negative_first"], {}, "no_whitening: .*; name negative_first first"),
         (
             ["value_clip"],
             {"on": "grpo_baseline.py"},
@@ -274,8 +286,8 @@ def test_the_command_writes_a_script(kitchen, monkeypatch, capsys, tmp_path):
         (["value_clip"], {"out": "ppo_baseline.py"}, "ppo_baseline.py: it is there already"),
         (["value_clip"], {"out": "docs/my_ppo.py"}, "my_ppo.py: no utils/ lies beside it"),
         (["value_clip"], {"out": "my-ppo.py"}, "give a name such as my_ppo_baseline.py"),
-        (["twice"], {}, "twice does not fit ppo_baseline.py: its lines at `T = part`"),
-        (["nowhere"], {}, "nowhere does not fit ppo_baseline.py"),
+        (["twice"], {}, "twice does not fit ppo_baseline.py: its line `T = part`"),
+        (["nowhere"], {}, r"nowhere does not fit ppo_baseline.py: its line `never_written\(\)` is"),
         (["broken"], {}, "ppo_baseline.py with broken would be no Python"),
         (["lost", "learned_lm_head"], {}, "no script that all of lost, learned_lm_head are for"),
         (["lost"], {}, "--on lost.py: it could not be read in .*No such file"),
@@ -289,7 +301,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(names, flags, said, kitchen, 
     whole, diff = f"{header}Source: ours\nExpect: e\n", "--- a\n+++ b\n@@ -1 +1 @@\n"
     patches = {
         "twice": f"{whole}{diff} T = part\n+U = 1\n",
-        "nowhere": f"{whole}{diff}-    never_written()\n",
+        "nowhere": f"{whole}{diff} import torch\n-    never_written()\n",
         "broken": f"{whole}{diff}+if\n import torch\n",
         "lost": f"{whole}{diff}+a\n import torch\n".replace("ppo_baseline", "lost"),
         "headless": f"{header}{diff}+a\n import torch\n",

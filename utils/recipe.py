@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -45,7 +46,8 @@ def read(name: str) -> Recipe:
     """recipes/NAME.patch: a header, then unified diffs, of which file names and line numbers do not
     count. Stops where there is none, or where it is none."""
     if name not in known():
-        stop(f"no recipe is called {name}; there are {', '.join(known())}")
+        near = [f"did you mean {near}? There" for near in get_close_matches(name, known(), 1)]
+        stop(f"no recipe is called {name}; {(near or ['there'])[0]} are {', '.join(known())}")
     text = (RECIPES / f"{name}.patch").read_text(encoding="utf-8")
     header, *diffs = re.split(r"^--- .*\n\+\+\+ .*\n", text, flags=re.M)
     fields = re.findall(r"^(\w+): *(.*\n(?:[ \t]+.*\n)*)", header, flags=re.M)
@@ -68,7 +70,8 @@ def hunk(text: str) -> Hunk:
 
 def replaced(text: str, recipe: Recipe) -> tuple[str, str | None]:
     """The text with the new lines in place of the old ones, which must stand there exactly once;
-    and, where they do not, the first line of those that the first diff looked for in vain."""
+    and, where they do not, the line at which the first diff fails: of those that it looks for one
+    that is nowhere, else the first."""
     sought = None
     for hunks in recipe.diffs:
         lines = text.split("\n")
@@ -76,12 +79,23 @@ def replaced(text: str, recipe: Recipe) -> tuple[str, str | None]:
             size = len(old)
             places = [i for i in range(len(lines)) if lines[i : i + size] == old]
             if len(places) != 1:
-                sought = sought or next((line.strip() for line in old if line.strip()), "")
+                words = [line for line in old if line.strip()]
+                lost = [line for line in words if line not in lines]
+                sought = sought or (lost or words or [""])[0].strip()
                 break
             lines[places[0] : places[0] + size] = new
         else:
             return "\n".join(lines), None
     return text, sought
+
+
+def goes(text: str, names: Sequence[str]) -> bool:
+    """Whether recipes can be applied in this order."""
+    for name in names:
+        text, sought = replaced(text, read(name))
+        if sought is not None:
+            return False
+    return True
 
 
 def derive(script: str, names: Sequence[str]) -> str:
@@ -97,9 +111,12 @@ def derive(script: str, names: Sequence[str]) -> str:
         text, sought = replaced(text, recipe)
         if sought is not None:
             if replaced(original, recipe)[1] is None:
-                others = " or ".join(names[:before])
-                stop(f"{name} collides with {others}: both change the lines at `{sought}`")
-            stop(f"{name} does not fit {script}: its lines at `{sought}` are not there just once")
+                others, first = " or ".join(names[:before]), [name, *names[:before]]
+                stop(
+                    f"{name} collides with {others}: the line `{sought}` is no longer there just once"
+                    + f"; name {name} first, that goes" * goes(original, first)
+                )
+            stop(f"{name} does not fit {script}: its line `{sought}` is not there just once")
     try:
         ast.parse(text)
     except SyntaxError as error:
