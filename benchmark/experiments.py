@@ -424,15 +424,6 @@ EXPERIMENTS = {
         | lambdas("robust PPO", 1.0, 0.95)
         | {"oracle, lambda 0.5": oracle(1.0, **HALF), "Vine 4": vine(4, "observed")},
         {name: ARMS[name] for name in ("symmetric 0.2", "no noise", "symmetric 0.1")},
-        against={
-            f"{name}, lambda {lam:g}": f"PPO, lambda {lam:g}"
-            for name, lams in (
-                ("VRPO", LAMBDAS),
-                ("DVPO", (1.0, 0.95)),
-                ("robust PPO", (1.0, 0.95)),
-            )
-            for lam in lams
-        },
         measures=LONG_MEASURES | KNOWN,
         score="mean",
         seconds=120.0,

@@ -62,7 +62,7 @@ TITLES = {
 # Those of `dialogue` are in its folder.
 NO_CURVES = (
     "bottleneck_depth", "token_ratio", "beta_sweep", "semantic_head", "advantage_variance",
-    "failures", "dialogue",
+    "failures", "dialogue", "long_tuning",
 )  # fmt: skip
 
 
@@ -578,48 +578,27 @@ def worth(runs: pd.DataFrame):
     return figure
 
 
-def ranked(name: str, runs: pd.DataFrame):
-    """The experiment's score, a panel for each arm, its methods in the order of the first: a dot for
-    each seed, and the summary."""
-    arms, methods = ordered(name, runs)
-    score, names = EXPERIMENTS[name].score, looks(name, methods)
-    found = {(a, m): values(runs, a, m, score).to_numpy() for a in arms for m in methods}
-    rows = sorted(
-        methods, key=lambda m: np.mean(found[arms[0], m]) if len(found[arms[0], m]) else 0
-    )
-    figure, axes = style.panels(len(arms), 3, (4.2, 0.8 + 0.24 * len(rows)), sharey=True)
-    for axis, arm in zip(axes, arms, strict=True):
-        for i, method in enumerate(rows):
-            if len(x := found[arm, method]):
-                middle, low, high = summary(x)
-                color = names[method]["color"]
-                axis.plot([low, high], [i, i], color=color, lw=2, alpha=0.5)
-                axis.plot(x, [i] * len(x), ".", color=color, markersize=4)
-                axis.plot(middle, i, **names[method] | {"ls": "", "markersize": 7})
-        axis.set_yticks(range(len(rows)), rows)
-        style.name(axis, in_words(arm), SCORES[score])
-    return figure
-
-
 def forest(name: str, runs: pd.DataFrame):
-    """Differences from the method compared with, a row for each, a mark and its 95 % interval for
-    each arm: filled where it leaves zero."""
+    """Differences of the experiment's score from the method compared with, a row for each method:
+    in every arm the seeds, and mean and 95 % interval, filled where it leaves zero."""
     (arms, methods), found = ordered(name, runs), effects(name, runs)
     rows = [m for m in methods if any((arm, m) in found for arm in arms)]
-    rows.sort(key=lambda m: found[arms[0], m].mean() if (arms[0], m) in found else 0)
-    figure, (axis,) = style.panels(1, 1, (6.5, 0.8 + 0.24 * max(len(rows), 1)))
-    for n, (arm, color) in enumerate(zip(arms, ("#D55E00", "#0072B2", "0.5"), strict=False)):
+    rows.sort(key=lambda m: found[arms[0], m].mean() if (arms[0], m) in found else -1)
+    figure, (axis,) = style.panels(1, 1, (6.5, 0.9 + 0.12 * (len(arms) + 1) * max(len(rows), 1)))
+    for n, (arm, color) in enumerate(zip(arms, ("#D55E00", "#0072B2", "#777777"), strict=False)):
         for i, method in enumerate(rows):
             if (arm, method) in found:
-                at, (mean, low, high) = i + 0.18 * (0.5 - n), student(found[arm, method])
+                at = i + 0.3 * ((len(arms) - 1) / 2 - n)
+                mean, low, high = student(x := found[arm, method])
                 face = color if low > 0 or high < 0 else "white"
+                axis.plot(x, [at - 0.1] * len(x), ".", color=color, markersize=3, alpha=0.6)
                 axis.plot([low, high], [at, at], color=color, lw=1.5)
                 axis.plot(mean, at, "o", color=color, markerfacecolor=face, markersize=5)
         axis.plot([], [], "o-", color=color, label=in_words(arm))
     axis.axvline(0, color="0.3", lw=0.8)
     axis.set_yticks(range(len(rows)), rows)
-    score = SCORES[EXPERIMENTS[name].score]
-    style.name(axis, f"{name.replace('_', ' ')}: difference from the parent", score)
+    other = "its parent" if EXPERIMENTS[name].against else methods[0]
+    style.name(axis, f"difference from {other}", SCORES[EXPERIMENTS[name].score])
     style.legend(figure, [axis])
     return figure
 
@@ -657,10 +636,8 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
     runs, found = by_run(frame), {}
     if name == "critic_worth":
         return {name: worth(runs)}
-    if name == "recipes":
-        return {name: forest(name, runs)}
-    if EXPERIMENTS[name].score == "mean":
-        return {name: ranked(name, runs)}
+    if EXPERIMENTS[name].score != "last":
+        return {} if name in NO_CURVES else {name: forest(name, runs)}
     if name not in NO_CURVES:
         found[name] = curves(name, frame, runs)
     if EXPERIMENTS[name].grid:

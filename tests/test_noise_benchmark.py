@@ -568,7 +568,7 @@ def test_long_runs_are_compared_by_the_mean_of_what_they_sampled(monkeypatch, tm
     assert lines[4].startswith("| PPO, lambda 1 | 0.250 (0.250 to 0.250) |  | 0.700 | 0.800 |")
     assert "| +0.020 (+0.020 to +0.020) from PPO, lambda 1 | 0.700 |" in lines[5]
     (figure,) = report.figures("long_parts", frame).values()
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
+    assert [x.get_text() for x in figure.axes[0].get_yticklabels()] == ["VRPO, lambda 1"]
 
 
 def test_effects_of_recipes(monkeypatch, tmp_path):
