@@ -5,7 +5,7 @@ and the tiny model that starts on them.
     python -m assets.make.tiny_long --only-data --easy-steps 13 14 --out runs/long/150   # longer
 
 A problem tells what happens to one heap. Two or three of its events are *traps*, on which the
-careless student of tiny_math.py errs about as often as not; the others are easy and only make the
+careless student of tiny_math.py errs more often than not; the others are easy and only make the
 answer longer. So the number of choices that decide an answer, and with it the chance to get it
 right, hardly depends on its length. The model is assets/tiny_math, trained further on solutions of
 two to seventeen lines."""
@@ -51,9 +51,8 @@ def double(s: Story, name: str, other: str, thing: str, change) -> None:
 def trap(s: Story):
     """One of the traps that the numbers allow now."""
     allowed = [short.distract] * (s.value > 30)
-    allowed += [short.half] * 2 * (s.value % 2 == 0 and s.value > 30) + [double] * 2 * (
-        s.value < 90
-    )
+    allowed += [short.half, short.half] * (s.value % 2 == 0 and s.value > 30)
+    allowed += [double, double] * (s.value < 90)
     return s.rng.choice(allowed)
 
 
