@@ -20,7 +20,7 @@ SCRIPTS = (
 CRITICS = [name for name in SCRIPTS if name not in ("grpo_baseline", "vine_ppo_baseline")]
 MACHINE = ("charts/tokens_per_second", "charts/peak_memory_gb")  # and all of time/
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
 # the models are so small that a second thread only waits; what takes long to import is imported
 # where it is used, as the process that starts the others needs none of it
 
@@ -32,7 +32,9 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(autouse=True)
 def no_flag_outlives_its_test(monkeypatch):
-    """A run leaves its precision and the like in these modules."""
+    """A run leaves its precision and the like in these modules, and a maker its threads: two wait
+    for each other, once the other processes of the suite have the cores."""
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     for name in ("tensors.HALF", "scale.prefixes.ON", "scale.processes.SHARDED"):
         monkeypatch.setattr(f"utils.{name}", False)
 

@@ -85,7 +85,6 @@ MADE = [(maker, MATH), (tiny_dialogue, SMALL | {"steps": 2}), (tiny_long, LONG)]
 def test_a_maker_is_deterministic(tmp_path, monkeypatch, made):
     module, flags = made
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     digests = []
     for name in ("a", "b"):
         module.main(module.Args(out=tmp_path / name, **flags))

@@ -128,7 +128,7 @@ def test_two_processes_give_the_runs_of_one_and_one_goes_on(
     flags = UNEVEN | {"noise_rate": 0.4, "max_new_tokens": 12, "updates": 1}
     runs = {name: (name, flags, {}) for name in SCRIPTS}
     more = {"kl_coef": 0.05, "noise": "symmetric", "reward_per": "turn", "updates": 1}
-    talks = dialogue_flags | UNEVEN | more
+    talks = dialogue_flags | UNEVEN | more | {"max_turns": 2, "eval_size": 3, "epochs": 1}
     runs["vrpo_dialogue"] = ("vrpo_dialogue", talks, {})
     runs["sharded"] = ("vrpo_math", flags, {"shard": True, "gradient_checkpointing": True})
     (tmp_path / "all.py").write_text(ONE_AFTER_THE_OTHER)

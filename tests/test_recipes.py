@@ -105,7 +105,7 @@ def test_all_that_a_recipe_names_is_known_in_every_script(tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_recipes_run_together(case, cook, run_main, dialogue_flags):
     script, *names = case
-    flags = {"kl_coef": 0.1, "learning_rate": 1e-3}
+    flags = {"kl_coef": 0.1, "learning_rate": 1e-3, "save_every": 2, "eval_every": 2}
     if script == "vrpo_dialogue":
         flags = dialogue_flags | {"max_turns": 1, "max_new_tokens": 20, "eval_size": 2} | flags
     flags |= {"critic_warmup": 1} if "critic_warmup" in names else {}

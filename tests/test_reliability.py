@@ -475,7 +475,6 @@ def test_a_reward_model_of_nan_is_not_saved(tmp_path, monkeypatch):
         next(model.model.parameters()).data.fill_(torch.nan)
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(reward_model, "preference_pairs", lambda *_: [pair] * 2)
     monkeypatch.setattr(reward_model, "train", spoil)
     args = reward_model.Args(out=tmp_path / "out", device="cpu")

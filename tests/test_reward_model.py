@@ -130,7 +130,6 @@ def test_a_model_that_is_no_reward_model_is_refused(tiny_model, tmp_path):
 def test_the_embedded_reward_model_is_made_by_one_command(tmp_path, monkeypatch, capsys):
     """A short training from the embedded policy: saved, loadable, its accuracy reported."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     out, short = tmp_path / "reward", {"max_turns": 5, "epochs": 1, "device": "cpu"}
     main(Args(out=out, goals=10, held_out_goals=8, **short))
     text = capsys.readouterr().out
