@@ -90,7 +90,7 @@ def test_two_updates_and_the_second_again(name, run_main, capsys):
 
 def test_kill_9_and_resume_give_the_same_metrics(run_main, command, tmp_path):
     """A run killed in mid-update and resumed equals the one that was left alone."""
-    flags = {"updates": 4, "save_every": 2, "eval_every": 2}
+    flags = {"updates": 3, "save_every": 2, "eval_every": 3}
     whole = run_main("vrpo_math", run_name="whole", **flags)
     killed = tmp_path / "runs" / "killed"
     words = command("vrpo_math", run_name="killed", **flags)
@@ -101,8 +101,8 @@ def test_kill_9_and_resume_give_the_same_metrics(run_main, command, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     with (killed / "samples.jsonl").open("a") as file:
-        file.write('{"update": 4, "torn')  # a line that was being written
-    (killed / "checkpoints" / "tmp-000004").mkdir(exist_ok=True)  # and a checkpoint
+        file.write('{"update": 3, "torn')  # a line that was being written
+    (killed / "checkpoints" / "tmp-000003").mkdir(exist_ok=True)  # and a checkpoint
     run_main("vrpo_math", resume=killed, **flags)
     assert results(killed) == results(whole)
 
@@ -381,7 +381,7 @@ def test_dialogue_under_a_reward_model(run_main, dialogue_flags, capsys):
     flags = dialogue_flags | {"max_turns": 3, "updates": 1, "eval_size": 2, "epochs": 1}
     flags |= {"prompts_per_update": 2}
     for name in ("vrpo_dialogue", "grpo_baseline"):
-        folder = run_main(name, plot=name == "vrpo_dialogue", **flags)
+        folder = run_main(name, **flags)
         frame = pd.read_csv(folder / "metrics.csv")
         measures = {"eval/tcr", "eval/acr", "eval/gcr", "eval/average", "sampled/impatient"}
         assert measures <= set(frame) and not any("accuracy" in column for column in frame)
@@ -399,7 +399,6 @@ def test_dialogue_under_a_reward_model(run_main, dialogue_flags, capsys):
         first[name] = [(row["messages"], row["rewards"]) for row in rows]
     assert first["grpo_baseline"] == first["vrpo_dialogue"]
     folder = folder.with_name("vrpo_dialogue")
-    assert (folder / "curves.png").stat().st_size > 5000
     capsys.readouterr()
     talk.main(talk.Args(sample=folder, count=2))
     text = capsys.readouterr().out

@@ -47,7 +47,7 @@ def plainly(policy, chat, prompts, max_new_tokens, temperature):
     return answers
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize(
     "room, compact_at, rows_at_once, eos_every",
     [(32, 0.8, 10**6, 1), (1, 1.0, 10**6, 3), (2, 0.0, 5, 1), (3, 0.5, 1, 4)],
