@@ -419,7 +419,7 @@ EXPERIMENTS = {
         | lambdas("VRPO", *LAMBDAS)
         | methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++")
         | READING
-        | {"blind, lambda 1": oracle(1.0, oracle_knows="nothing", **FAR)}
+        | {"blind, lambda 0.95": oracle(1.0, oracle_knows="mean", **horizon(0.95))}
         | lambdas("DVPO", 1.0, 0.95)
         | lambdas("robust PPO", 1.0, 0.95)
         | {"oracle, lambda 0.5": oracle(1.0, **HALF), "Vine 4": vine(4, "observed")},
@@ -427,6 +427,37 @@ EXPERIMENTS = {
         measures=LONG_MEASURES | KNOWN,
         score="mean",
         seconds=120.0,
+    ),
+    "long_default": Experiment(
+        "today's default of lambda and 1, on seeds that neither was chosen on",
+        LONG,
+        lambdas("PPO", 0.95, 1.0),
+        {name: ARMS[name] for name in ("symmetric 0.2", "no noise")},
+        (11, 12, 13, 14, 15),
+        measures=LONG_MEASURES | KNOWN,
+        score="mean",
+        seconds=150.0,
+    ),
+    # the data: python -m assets.make.tiny_long --only-data --easy-steps 0 0 --out runs/long/25, and
+    #   8 8 for 100, 13 14 for 150
+    "long_lengths": Experiment(
+        "lambda and a critic that reads, by the length of the answer, under 20 % flips",
+        LONG | SYMMETRIC["symmetric 0.2"],
+        lambdas("PPO", 1.0, 0.95) | READING,
+        {
+            "25 tokens": {"dataset": "runs/long/25"},
+            "56 tokens": {},
+            "100 tokens": {"dataset": "runs/long/100", "max_new_tokens": 144},
+            "150 tokens": {
+                "dataset": "runs/long/150",
+                "max_new_tokens": 208,
+                "max_prompt_tokens": 160,
+            },
+        },
+        (1, 2, 3),
+        measures=LONG_MEASURES | KNOWN,
+        score="mean",
+        seconds=250.0,
     ),
     "long_parts": Experiment(
         "VRPO and its parts on long answers at lambda 1, on seeds of their own",

@@ -346,7 +346,7 @@ LAYERS = ("bottleneck_layers",)
 # in the rows that carry no claim, or not yet
 FEWER_SEEDS = (
     "critic_worth", "critic_lambda_and_error", "long_tuning", "long_answers", "long_parts",
-    "long_critics", "recipes",
+    "long_default", "long_lengths", "long_critics", "recipes",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 import ppo_baseline as ppo
 from benchmark.studies import oracle
@@ -47,3 +48,17 @@ def test_without_a_share_it_is_ppo(share, run_main, monkeypatch):
             same = mixed[key].tolist() == pytest.approx(plain[key].tolist(), abs=0, nan_ok=True)
             assert same or share > 0, key
     assert (mixed["critic/value_mean"][1] == plain["critic/value_mean"][1]) == (share == 0)
+
+
+def test_a_critic_that_knows_the_mean_alone(run_main, monkeypatch):
+    """Of two answers one is right: half a point each, less by lambda for every token before."""
+    for name in oracle.SEAMS:
+        monkeypatch.setattr(ppo, name, getattr(ppo, name))
+    run_main("benchmark.studies.oracle", updates=1, oracle_knows="mean")
+    learned, mask = torch.rand(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    batch = {"values": learned, "learned": learned, "mask": mask}
+    args = oracle.Args(oracle_knows="mean", gae_lambda=0.5, critic_lambda=1.0)
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    advantages, targets = ppo.advantages_and_targets(rewards, batch, args)
+    assert torch.equal(advantages, torch.tensor([[0.25, 0.5], [-0.25, -0.5]]))
+    assert torch.allclose(targets["returns"], torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
