@@ -25,7 +25,17 @@ BELOW = {
 }
 ROOMS = ("world", "dialogue", "scale", "report")
 LONGEST = 6  # modules in a chain of imports
-SHORT = ("plot", "tokens", "diagnose", "evaluate", "talk", "reward_model", "recipe")
+SHORT = (
+    "plot",
+    "tokens",
+    "diagnose",
+    "evaluate",
+    "price",
+    "audit",
+    "talk",
+    "reward_model",
+    "recipe",
+)
 
 
 def imported(file: Path, anywhere: bool = True) -> set[str]:
