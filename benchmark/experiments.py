@@ -419,7 +419,7 @@ EXPERIMENTS = {
         | lambdas("VRPO", *LAMBDAS)
         | methods("GRPO", "Dr.GRPO", "RLOO", "REINFORCE++")
         | READING
-        | {"blind, lambda 0.95": oracle(1.0, oracle_knows="mean", **horizon(0.95))}
+        | {"mean reward, lambda 0.95": oracle(1.0, oracle_knows="mean", **horizon(0.95))}
         | lambdas("DVPO", 1.0, 0.95)
         | lambdas("robust PPO", 1.0, 0.95)
         | {"oracle, lambda 0.5": oracle(1.0, **HALF), "Vine 4": vine(4, "observed")},
@@ -478,6 +478,8 @@ EXPERIMENTS = {
     # the critic: python ppo_baseline.py --task long --learning-rate 0 --critic-lambda 1
     #   --prompts-per-update 24 --epochs 1 --minibatch-size 24 --updates 100 --save-every 100
     #   --eval-size 1 --seed 1000 --run-name long-critic; then runs/long-critic/checkpoints/000100/critic
+    # It explains nothing (docs/results/long-answers.md); nor did --noise none --updates 30 --epochs 2
+    #   --critic-learning-rate 1e-4, or 3e-4
     "long_critics": Experiment(
         "a critic that has valued 9,600 answers of the initial policy before the run begins, under "
         "the same flips",

@@ -584,7 +584,7 @@ def forest(name: str, runs: pd.DataFrame):
     (arms, methods), found = ordered(name, runs), effects(name, runs)
     rows = [m for m in methods if any((arm, m) in found for arm in arms)]
     rows.sort(key=lambda m: found[arms[0], m].mean() if (arms[0], m) in found else -1)
-    figure, (axis,) = style.panels(1, 1, (6.5, 0.9 + 0.12 * (len(arms) + 1) * max(len(rows), 1)))
+    figure, (axis,) = style.panels(1, 1, (6.5, 1.1 + 0.12 * (len(arms) + 1) * max(len(rows), 1)))
     for n, (arm, color) in enumerate(zip(arms, ("#D55E00", "#0072B2", "#777777"), strict=False)):
         for i, method in enumerate(rows):
             if (arm, method) in found:
@@ -597,6 +597,7 @@ def forest(name: str, runs: pd.DataFrame):
         axis.plot([], [], "o-", color=color, label=in_words(arm))
     axis.axvline(0, color="0.3", lw=0.8)
     axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(-0.6, max(len(rows), 1) - 0.4)
     other = "its parent" if EXPERIMENTS[name].against else methods[0]
     style.name(axis, f"difference from {other}", SCORES[EXPERIMENTS[name].score])
     style.legend(figure, [axis])

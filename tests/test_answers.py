@@ -169,7 +169,7 @@ def test_what_takes_too_long_is_wrong_and_the_next_is_checked(monkeypatch):
     monkeypatch.setattr(verifier, "TIME_LIMIT", 0.5)
     before, start = state["process"].pid, time.perf_counter()
     assert not same_mathematics(*HOSTILE)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     monkeypatch.setattr(verifier, "TIME_LIMIT", 3.0)
     assert same_mathematics("3x", "x + 2x") and state["process"].pid != before
 
@@ -183,7 +183,7 @@ def test_a_hostile_batch_is_bounded_as_a_whole(monkeypatch):
     with pytest.warns(UserWarning, match="too long too often"):
         assert not any(same_mathematics(HOSTILE[0], f"9^{{9^{{{n}}}}}") for n in range(9000, 9003))
         assert not same_mathematics("7x", "3x + 4x")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     state["left"] = 0.0
     for _ in range(6):
         same_mathematics("2x", "x + x")
@@ -244,4 +244,4 @@ def test_endless_text_takes_no_time(piece):
         is_correct(form, "12 apples")
         is_correct(form, "gravity", words=True)
         choose(form, options)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 3

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +150,10 @@ def test_draw(samples, tmp_path, count, told):
     assert {row["right"] for row in rows} == {""}
     with pytest.raises(SystemExit, match="exists: it may be filled in"):
         audit.Draw(samples, tmp_path / "judge.csv").run()
+    audit.Draw(samples, tmp_path / "again.csv", count).run()
+    audit.Draw(samples, tmp_path / "other.csv", count, seed=2).run()
+    again, other = (drawn(tmp_path / f"{name}.csv") for name in ("again", "other"))
+    assert rows == again != other
 
 
 def test_draw_asks_a_reward_function(samples, tmp_path, monkeypatch):
@@ -178,6 +183,14 @@ def test_read(samples, tmp_path, capsys):
     assert "right answers    0.400" in said and "false negatives  0.500" in said
     m = price.price(0.4, 0.5, 0)
     assert f"Plan for {m:.1f} times the episodes" in said and "answers more" in said
+    audit.Read(out, within=1.0).run()
+    counts = [
+        int(re.search(r"Some (\d+) answers more", x)[1]) for x in (said, capsys.readouterr().out)
+    ]
+    assert counts[0] > 2 * counts[1] > 0  # to know it less well takes fewer
+    out.write_text(audit.as_csv([row | {"right": 0} for row in rows]))
+    audit.Read(out).run()
+    assert "All of them are right, or none" in capsys.readouterr().out
     lines = "".join(json.dumps({"told": row["told"], "right": row["right"]}) + "\n" for row in rows)
     (tmp_path / "plain.jsonl").write_text(lines)
     assert audit.load(tmp_path / "plain.jsonl").told_right == 0.5

@@ -81,11 +81,12 @@ def test_the_task_measures_steps_beside_answers():
 
 
 def test_a_run_logs_right_steps(run_main):
-    where = {"dataset": str(DATA), "max_new_tokens": 4}
-    folder = run_main("grpo_baseline", task="long", updates=1, **where)
+    where = {"model": str(ROOT / "assets" / "tiny_long"), "dataset": str(DATA)}
+    small = {"updates": 1, "epochs": 1, "prompts_per_update": 2, "max_new_tokens": 80}
+    folder = run_main("grpo_baseline", task="long", **where, **small)
     table = pd.read_csv(folder / "metrics.csv")
-    assert table["eval/right_steps"].tolist() == [0, 0]
-    assert table["sampled/right_steps"].iloc[-1] == 0
+    assert table["eval/right_steps"].between(0.1, 1).all()
+    assert 0.1 < table["sampled/right_steps"].iloc[-1] <= 1
 
 
 def test_the_model_has_a_long_way_to_go():

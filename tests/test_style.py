@@ -81,7 +81,12 @@ def figures(monkeypatch) -> dict[str, Figure]:
         found |= report.figures(name, report.load(name))
     rows = study.present(study.results(study.RESULTS / "critic_study.csv"), (1, 2, 3, 4, 5))
     found["critic_study"] = study.draw(rows)
-    found["many"] = plotted(sorted(ROOT.glob("tests/recorded/*")), monkeypatch)
+    runs = {
+        "dialogue/reward-model": "benchmark/results/dialogue/*-[123]",
+        "many": "tests/recorded/*",
+    }
+    for name, pattern in runs.items():
+        found[name] = plotted(sorted(ROOT.glob(pattern)), monkeypatch)
     for figure in found.values():
         figure.draw_without_rendering()  # lays it out
     return found

@@ -38,7 +38,7 @@ class OracleArgs:
     """standard deviation of the oracle's error, the same whenever it sees the same state"""
     oracle_knows: Literal["steps", "nothing", "mean"] = "steps"
     """nothing: it says 0.45 in every state; mean: everywhere the mean reward of the update, of which
-    the advantages are made then, whatever the share"""
+    the advantages are then made, whatever its share and error"""
 
 
 @dataclass

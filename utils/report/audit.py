@@ -144,6 +144,8 @@ class Read:
         audit = load(self.file)
         middle, low, high = audit.found()
         print(f"{sum(audit.counts)} answers, {audit.counts[1]} of them told right (95 %, together)")
+        if not 0 < middle[0] < 1:
+            return print("All of them are right, or none: judge more, or take other answers.")
         names = ("right answers", "false negatives", "false positives", "J")
         for name, *numbers in zip(names, middle, low, high, strict=False):
             print("{:16} {:.3f} ({:.3f} to {:.3f})".format(name, *numbers))
