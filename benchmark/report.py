@@ -4,14 +4,13 @@
     python benchmark/report.py noise_grid
 
 An experiment's shorter tables go between <!-- name --> and <!-- /name -->, in README.md and in
-every page of docs/ that has these marks. A run's score is its clean held-out accuracy (for
-dialogues the mean of TCR, ACR and GCR) after the last update, or at its peak. Over five seeds or
+every page of docs/ that has these marks. A run is measured by its clean held-out accuracy (for
+dialogues the mean of TCR, ACR and GCR): the mean of the evaluations after the start, the last one,
+or the peak; an experiment's `score` says which one its methods are compared by. Over five seeds or
 more: the inter-quartile mean (the mean of the middle half, of five the middle three; arXiv
 2108.13264) with a 95 % bootstrap interval; over fewer: mean and range. Two methods are compared by
 the differences between their runs of the same seed, with Student's t, since bootstrap intervals are
-too narrow for five seeds; and by the probability of improvement, the share of pairs of runs that
-the first one wins, resampling seeds for all arms together, since they share prompts and draws (with
-five of them that interval too is rather too narrow)."""
+too narrow for five seeds."""
 
 import re
 import sys
@@ -96,20 +95,6 @@ def summary(x: np.ndarray) -> Numbers:
     if len(x) >= ENOUGH:
         return iqm_of(tuple(x))
     return float(x.mean()), *((float(x.min()), float(x.max())) if len(x) > 1 else (NAN, NAN))
-
-
-def improvement(x: np.ndarray, y: np.ndarray) -> Numbers:
-    """P(X > Y) + P(X = Y) / 2 over the pairs of runs of an arm, averaged over arms, and its
-    interval (NaN for fewer than five seeds); x and y are (arms, seeds)."""
-
-    def probability(seeds: np.ndarray, axis: int = -1) -> np.ndarray:
-        x_, y_ = (z[:, seeds.astype(int)] for z in (x, y))  # (arms, ..., seeds)
-        return 0.5 + 0.5 * np.sign(x_[..., :, None] - y_[..., None, :]).mean((0, -2, -1))
-
-    seeds = np.arange(x.shape[1])
-    if len(seeds) < ENOUGH:
-        return float(probability(seeds)), NAN, NAN
-    return resampled(seeds, probability)
 
 
 def student(x: np.ndarray) -> Numbers:
@@ -234,48 +219,48 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def grid_tables(name: str, runs: pd.DataFrame, brief: bool) -> str:
-    """Arms as columns: last score (its middle alone if `brief`), what was lost since the peak (not
-    if `brief`); then VRPO against its rivals, and all methods over all arms."""
-    arms, methods = ordered(name, runs)
+    """Arms as columns: the experiment's score (its middle alone if `brief`), and the last one and
+    what was lost since the peak (not if `brief`); then VRPO against its rivals, and all methods over
+    all arms."""
+    (arms, methods), score = ordered(name, runs), EXPERIMENTS[name].score
     runs = runs.assign(lost=runs["peak"] - runs["last"])
     planned = {(job.arm, job.method, job.seed) for job in jobs_of(name)}
     made, most = len(planned & set(runs.index)), most_seeds(runs)
     parts = [
         f"All {made} runs." if made == len(planned) else f"{made} of {len(planned)} runs so far."
     ]
-
-    def scores(key: str, title: str) -> str:
+    titles = {score: TITLES[score].capitalize()}
+    if not brief:
+        titles |= {"last": "Last score", "lost": "Lost since the peak"}
+    for key, title in titles.items():
         cells = {
             m: [cell_of(values(runs, arm, m, key).to_numpy(), most, brief) for arm in arms]
             for m in methods
         }
         rows = [[method, *cells[method]] for method in methods]
-        header = ["method", *map(in_words, arms)]
-        return f"{title} ({kind(most, brief)}):\n\n" + markdown(header, rows)
-
-    parts.append(scores("last", "Last score"))
-    if not brief:
-        parts.append(scores("lost", "Lost since the peak"))
+        table = markdown(["method", *map(in_words, arms)], rows)
+        parts.append(f"{title} ({kind(most, brief)}):\n\n{table}")
     if pairs := [("VRPO", rival) for rival in RIVALS if {"VRPO", rival} <= set(methods)]:
         rows = []
         for arm in arms:
-            numbers = [student(difference(runs, arm, *pair)) for pair in pairs]
+            numbers = [student(difference(runs, arm, *pair, score)) for pair in pairs]
             words = [(cell(x, signed=True), verdict(*x[1:])) for x in numbers]
             rows.append([in_words(arm), *(word for pair in words for word in pair)])
         header = ["arm", *(word for a, b in pairs for word in (f"{a} − {b}", "verdict"))]
         warning = "one comparison in twenty comes out as better or worse by luck"
         about = "Mean differences of runs of the same seed, with 95 % intervals by Student's t"
         parts.append(f"{about} ({warning}):\n\n" + markdown(header, rows))
-    return "\n\n".join([*parts, told_apart(runs, arms, methods), overall(name, runs, methods)])
+    apart = told_apart(runs, arms, methods, score)
+    return "\n\n".join([*parts, apart, overall(name, runs, methods)])
 
 
-def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
+def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str], score: str) -> str:
     """In how many of all pairs of methods the interval of the paired difference leaves zero, by
     arm."""
     pairs = list(combinations(methods, 2))
     count = {}
     for arm in arms:
-        words = [verdict(*student(difference(runs, arm, *pair))[1:]) for pair in pairs]
+        words = [verdict(*student(difference(runs, arm, *pair, score))[1:]) for pair in pairs]
         count[arm] = sum(word in ("better", "worse") for word in words)
     words = ", ".join(f"{in_words(arm)}: {n}" for arm, n in count.items())
     about = f"Of the {len(pairs)} pairs of methods in an arm, the intervals of so many"
@@ -284,26 +269,32 @@ def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str]) -> str:
 
 
 def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
-    """Means over the noisy arms, of the seeds that all methods have in all of them."""
-    arms = [arm for arm in EXPERIMENTS[name].arms if arm not in CONTROLS]
+    """Means over the noisy arms of the experiment's score, and of the last one, for the seeds that
+    all methods have in all of them."""
+    arms, score = (
+        [arm for arm in EXPERIMENTS[name].arms if arm not in CONTROLS],
+        EXPERIMENTS[name].score,
+    )
     title = f"Over the {len(arms)} arms other than {' and '.join(CONTROLS)}"
-    table = runs["last"].unstack(["arm", "method"])
     cells = [(arm, method) for arm in arms for method in methods]
-    if not set(cells) <= set(table.columns) or len(table := table[cells].dropna()) < 2:
+    table = {key: runs[key].unstack(["arm", "method"]) for key in dict.fromkeys((score, "last"))}
+    whole = set(cells) <= set(table[score].columns)
+    if not whole or len(seeds := table[score][cells].dropna().index) < 2:
         return f"{title}: not yet, as no two seeds are complete.\n"
-    scores = {m: np.stack([table[arm, m] for arm in arms]) for m in methods}  # (arms, seeds)
-    rivals, rows = [rival for rival in RIVALS if rival in scores], []
-    for method, x in scores.items():
-        row = [method, cell(student(x.mean(0)))]
-        for y in (None if rival == method else scores[rival] for rival in rivals):
-            less = "" if y is None else cell(student((x - y).mean(0)), signed=True)
-            row += [less, "" if y is None else cell(improvement(x, y))]
-        rows.append(row)
-    words = [(f"− {rival}", f"probability of improvement over {rival}") for rival in rivals]
-    header = ["method", "mean of the last scores", *(word for pair in words for word in pair)]
-    about = "intervals of means and differences by Student's t over seeds, of probabilities by "
-    about += "bootstrap over seeds"
-    return f"{title}, {len(table)} seeds ({about}):\n\n" + markdown(header, rows)
+    rivals = [rival for rival in RIVALS if rival in methods]
+    rows = [[method] for method in methods]
+    for frame in table.values():
+        means = {m: frame.loc[seeds, [(arm, m) for arm in arms]].mean(axis=1) for m in methods}
+        for row in rows:
+            x = means[row[0]].to_numpy()
+            less = [x - means[rival].to_numpy() for rival in rivals]
+            row.append(cell(student(x)))
+            row += [cell(student(y), True) if y.any() else "" for y in less]
+    words = [
+        word for key in table for word in (TITLES[key], *(f"{TITLES[key]}, − {r}" for r in rivals))
+    ]
+    about = "means and differences, with 95 % intervals by Student's t over seeds"
+    return f"{title}, {len(seeds)} seeds ({about}):\n\n" + markdown(["method", *words], rows)
 
 
 def plain_table(name: str, runs: pd.DataFrame, brief: bool) -> str:
@@ -424,6 +415,7 @@ SCORES = {
     "evaluations": "clean held-out accuracy, mean of the evaluations",
     "mean": "clean accuracy of the samples, mean of the run",
 }
+SHORT = {"last": "accuracy at the end", "evaluations": "mean of the evaluations"}
 WITHOUT = {"color": "0.3", "ls": ":", "lw": 1, "label": "without training"}
 
 
@@ -467,11 +459,16 @@ def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame):
 
 
 def by_rate(name: str, runs: pd.DataFrame):
-    """Last score by rate of symmetric flips, a panel for each method, with the others in grey
+    """The experiment's score by rate of symmetric flips, a panel for each method, with the others in grey
     behind it."""
     arms, methods = ordered(name, runs)
+    found = {
+        (a, m): values(runs, a, m, EXPERIMENTS[name].score).to_numpy()
+        for a in arms
+        for m in methods
+    }
     points = {
-        m: [(RATES[a], x) for a in arms if a in RATES and len(x := values(runs, a, m).to_numpy())]
+        m: [(RATES[a], found[a, m]) for a in arms if a in RATES and len(found[a, m])]
         for m in methods
     }
     points = {method: found for method, found in points.items() if found}
@@ -489,12 +486,12 @@ def by_rate(name: str, runs: pd.DataFrame):
 
 
 def by_arm(name: str, runs: pd.DataFrame):
-    """Last score of every method in every arm, with intervals."""
-    arms, methods = ordered(name, runs)
+    """The experiment's score of every method in every arm, with intervals."""
+    (arms, methods), score = ordered(name, runs), EXPERIMENTS[name].score
     figure, (axis,) = style.panels(1, 1, (11, 4.5), "y")
     for i, (method, look) in enumerate(looks(name, methods).items()):
         shift = (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
-        found = {n: values(runs, arm, method).to_numpy() for n, arm in enumerate(arms)}
+        found = {n: values(runs, arm, method, score).to_numpy() for n, arm in enumerate(arms)}
         points = {n + shift: summary(x) for n, x in found.items() if len(x)}
         middle, low, high = np.array(list(points.values())).T
         reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
@@ -504,14 +501,14 @@ def by_arm(name: str, runs: pd.DataFrame):
     for n in range(1, len(arms)):
         axis.axvline(n - 0.5, color="0.9", lw=0.8)
     axis.set_xticks(range(len(arms)), [fill(in_words(arm), 11) for arm in arms])
-    style.name(axis, kind(most_seeds(runs)), y=measure(runs))
+    style.name(axis, kind(most_seeds(runs)), y=SCORES[score])
     style.legend(figure, [axis])
     return figure
 
 
 def differences(all_runs: dict[str, pd.DataFrame]):
-    """Last score less that of the method compared with, a panel for each experiment but the grid:
-    every seed, mean and t interval, filled where it leaves zero."""
+    """The experiment's score less that of the method compared with, a panel for each experiment but
+    the grid: every seed, mean and t interval, filled where it leaves zero."""
     figure, axes = style.panels(len(all_runs), 2, (6.2, 2.6), "y")
     for axis, (name, runs) in zip(axes, all_runs.items(), strict=True):
         arms, methods = ordered(name, runs)
@@ -519,7 +516,8 @@ def differences(all_runs: dict[str, pd.DataFrame]):
         for arm in arms:
             for method, look in looks(name, methods).items():
                 other = other_of(name, method)
-                if not other or len(found := difference(runs, arm, method, other)) < 3:
+                found = difference(runs, arm, method, other, e.score) if other else []
+                if len(found) < 3:
                     continue
                 mean, low, high = student(found)
                 face = look["color"] if low > 0 or high < 0 else "white"
@@ -534,7 +532,7 @@ def differences(all_runs: dict[str, pd.DataFrame]):
         axis.set_ylim(max(len(ticks), 1) - 0.5, -0.6)
         axis.set_xlim(-reach, reach)
         title = name.replace("_", " ") + ("" if e.against else f": difference from {methods[0]}")
-        style.name(axis, title, f"difference in {measure(runs)}")
+        style.name(axis, title, f"difference in {SHORT[e.score]}")
     return figure
 
 
@@ -632,12 +630,17 @@ def text_of(name: str, runs: pd.DataFrame) -> str:
     return f"{EXPERIMENTS[name].about}\n\n{tables(name, runs)}"
 
 
+def in_a_forest(name: str) -> bool:
+    """Whether the experiment's figure has its differences, and no curves."""
+    return name == "recipes" or EXPERIMENTS[name].score == "mean"
+
+
 def figures(name: str, frame: pd.DataFrame) -> dict:
     """The experiment's figures, by the names of their files."""
     runs, found = by_run(frame), {}
     if name == "critic_worth":
         return {name: worth(runs)}
-    if EXPERIMENTS[name].score != "last":
+    if in_a_forest(name):
         return {} if name in NO_CURVES else {name: forest(name, runs)}
     if name not in NO_CURVES:
         found[name] = curves(name, frame, runs)
@@ -647,9 +650,9 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
 
 
 def compared() -> dict:
-    """The figure of differences of all experiments that compare last scores, the grid excepted, as a
-    dict like `figures`."""
-    some = [name for name, e in EXPERIMENTS.items() if not e.grid and e.score == "last"]
+    """The figure of differences of all experiments that compare methods and have none of their own, as
+    a dict like `figures`."""
+    some = [name for name, e in EXPERIMENTS.items() if not e.grid and not in_a_forest(name)]
     frames = {name: load(name) for name in some}
     frames = {name: frame for name, frame in frames.items() if frame["seed"].nunique() > 2}
     runs = {
