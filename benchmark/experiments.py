@@ -199,6 +199,23 @@ ON = {
 PARENTS = {"ppo_baseline": "PPO", GRPO: "GRPO", "vrpo_math": "VRPO"}
 
 
+# What buys flips back, by rate: about 4 / (1 - 2 rate)^2 answers to a prompt in place of 4. The
+# minibatches grow with them, so that all runs make the same number of steps.
+BOUGHT = {0.3: 25, 0.2: 11, 0.1: 6, 0.4: 100}
+
+
+def answers(count: int) -> Flags:
+    return {"samples_per_prompt": count, "minibatch_size": 6 * count}
+
+
+DOSES: dict[str, Flags] = {"no noise": ARMS["no noise"]}
+for _rate, _count in BOUGHT.items():
+    _flips: Flags = {"noise": "symmetric", "noise_rate": _rate}
+    DOSES |= {f"symmetric {_rate}": _flips}
+    DOSES |= {f"symmetric {_rate}, {_count} answers": _flips | answers(_count)}
+DOSES["no noise, 25 answers"] = ARMS["no noise"] | answers(25)  # the control
+
+
 EXPERIMENTS = {
     "tuning": Experiment(
         "three learning rates of the policy for every method, on seeds and held-out problems of "
@@ -513,6 +530,14 @@ EXPERIMENTS = {
         measures=LONG_MEASURES | KNOWN,
         score="mean",
         seconds=180.0,
+    ),
+    "price": Experiment(
+        "how many more answers buy back what flips take",
+        SMALL | {"train_split": None},
+        methods("PPO", "GRPO", "VRPO", "DVPO")
+        | {"VRPO that reads": Method("vrpo_math", HALF, READS)},
+        DOSES,
+        seconds=150.0,
     ),
     "recipes": Experiment(
         "every recipe and the script that it changes, without noise and under flips",

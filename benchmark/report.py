@@ -29,12 +29,13 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.experiments import ARMS, EXPERIMENTS, SHARES  # noqa: E402
+from benchmark.experiments import ARMS, BOUGHT, EXPERIMENTS, SHARES  # noqa: E402
 from benchmark.jobs import RESULTS  # noqa: E402
 from benchmark.run import jobs_of, keys, results  # noqa: E402
 from utils.errors import stop  # noqa: E402
 from utils.files import write_atomically  # noqa: E402
 from utils.report import style  # noqa: E402
+from utils.report.price import price  # noqa: E402
 
 RIVALS = ("PPO", "GRPO")  # whom VRPO is compared with in every arm
 CONTROLS = ("no noise", "coin")  # arms that no average is taken over
@@ -208,7 +209,7 @@ WORDS = {"false positives": "false pos.", "false negatives": "false neg.", "majo
 
 
 def in_words(arm: str) -> str:
-    arm = re.sub(r"^symmetric 0\.(\d)$", r"\g<1>0 % flips", arm)
+    arm = re.sub(r"^symmetric 0\.(\d)(?=$|,)", r"\g<1>0 % flips", arm)
     arm = re.sub(r"^persistent 0\.(\d)$", r"\g<1>0 % persistent", arm)
     return WORDS.get(arm, arm)
 
@@ -352,6 +353,52 @@ def worth_table(runs: pd.DataFrame) -> str:
     return f"Cells: {kind(most, True)}: {about}.\n\n" + markdown(header, rows)
 
 
+def doses(rate: float) -> tuple[str, str]:
+    """The arms of `price` with such flips: as many answers as without, and more."""
+    return f"symmetric {rate}", f"symmetric {rate}, {BOUGHT[rate]} answers"
+
+
+def multiplier(clean: np.ndarray, poor: np.ndarray, rich: np.ndarray, dose: float) -> float:
+    """How many times the answers give the accuracy of true rewards, from runs with as many (`poor`)
+    and with `dose` times as many (`rich`): on the line through both, over the logarithm of the
+    answers."""
+    gain = rich.mean() - poor.mean()
+    return float(dose ** ((clean.mean() - poor.mean()) / gain)) if gain > 0 else float("inf")
+
+
+def price_table(runs: pd.DataFrame) -> str:
+    """By method and rate: what flips cost with as many answers and with more, and the multiplier by
+    formula and as measured."""
+    methods, score = ordered("price", runs)[1], EXPERIMENTS["price"].score
+    rows, most = [], most_seeds(runs)
+    for method in methods:
+        for rate in sorted(BOUGHT):
+            found = [values(runs, arm, method, score) for arm in ("no noise", *doses(rate))]
+            found = pd.concat(found, axis=1, keys=("clean", "poor", "rich")).dropna()
+            if found.empty:
+                continue
+            clean, poor, rich = found.to_numpy().T
+            success = values(runs, doses(rate)[0], method, "mean").mean()
+            rows.append(
+                [
+                    method,
+                    f"{100 * rate:.0f} %",
+                    cell(student(poor - clean), True),
+                    f"{BOUGHT[rate] / 4:.2f}",
+                    cell(student(rich - clean), True),
+                    f"{price(success, rate, rate):.1f}",
+                    f"{multiplier(clean, poor, rich, BOUGHT[rate] / 4):.1f}",
+                    str(len(found)),
+                ]
+            )
+    header = ["method", "flips", "as many answers", "times", "so many times the answers"]
+    header += ["the formula asks for", "measured", "seeds"]
+    about = (
+        f"Differences of the {TITLES[score]} from the same method without noise (95 %, Student's t)"
+    )
+    return f"{about}, at most {most} seeds:\n\n" + markdown(header, rows)
+
+
 def holm(p: dict[str, float]) -> dict[str, float]:
     """p values that hold for all of them together (Holm 1979)."""
     found, least = {}, 0.0
@@ -405,6 +452,8 @@ def tables(name: str, runs: pd.DataFrame, brief: bool = False) -> str:
         return effects_table(name, runs)
     if brief and name == "critic_worth":
         return worth_table(runs)
+    if brief and name == "price":
+        return price_table(runs)
     return (grid_tables if EXPERIMENTS[name].grid else plain_table)(name, runs, brief)
 
 
@@ -602,6 +651,27 @@ def forest(name: str, runs: pd.DataFrame):
     return figure
 
 
+def bought_back(frame: pd.DataFrame, runs: pd.DataFrame):
+    """PPO's accuracy without noise and under flips, with as many answers (dashed) and with more: by
+    updates, and by episodes divided by what the formula asks for at a success rate of one half."""
+    figure, axes = style.panels(2, 2, (5.2, 3.6), sharey=True)
+    for n, axis in enumerate(axes):
+        for rate, color in ((0.0, "#000000"), (0.1, "#56B4E9"), (0.2, "#0072B2"), (0.3, "#D55E00")):
+            arms = doses(rate) if rate else ("no noise",)
+            for arm, dash in zip(reversed(arms), ("-", "--"), strict=False):
+                some = frame[(frame["arm"] == arm) & (frame["method"] == "PPO")]
+                if some.empty:
+                    continue
+                at = some["update"] if n == 0 else some["episodes"] * (1 - 2 * rate) ** 2
+                points = [(x, y["score"].dropna().to_numpy()) for x, y in some.groupby(at)]
+                spread(axis, points, {"color": color, "ls": dash, "label": in_words(arm)})
+        axis.axhline(runs["start"].mean(), **WITHOUT)
+        x = ("updates", "episodes times (1 - 2 rate)²")[n]
+        style.name(axis, "PPO", x, "" if n else measure(frame))
+    style.legend(figure, axes)
+    return figure
+
+
 # ==== Main ========================================================================================
 
 
@@ -632,7 +702,7 @@ def text_of(name: str, runs: pd.DataFrame) -> str:
 
 def in_a_forest(name: str) -> bool:
     """Whether the experiment's figure has its differences, and no curves."""
-    return name == "recipes" or EXPERIMENTS[name].score == "mean"
+    return name in ("recipes", "price") or EXPERIMENTS[name].score == "mean"
 
 
 def figures(name: str, frame: pd.DataFrame) -> dict:
@@ -640,6 +710,8 @@ def figures(name: str, frame: pd.DataFrame) -> dict:
     runs, found = by_run(frame), {}
     if name == "critic_worth":
         return {name: worth(runs)}
+    if name == "price":
+        return {name: bought_back(frame, runs)}
     if in_a_forest(name):
         return {} if name in NO_CURVES else {name: forest(name, runs)}
     if name not in NO_CURVES:

@@ -42,7 +42,8 @@ def test_every_run_of_an_experiment_has_valid_flags(name):
     args = [vars(some) for some in args]
     shared = set.intersection(*map(set, args)) - {"seed"} - set().union(*varied)
     sizes = {"updates", "prompts_per_update", "samples_per_prompt", "epochs", "eval_size"}
-    assert sizes | {"train_split"} <= shared
+    assert sizes - ({"samples_per_prompt"} if name == "price" else set()) <= shared
+    assert "train_split" in shared
     assert all(a[word] == args[0][word] for a in args for word in shared)
     channels = {}
     for job, a in zip(jobs, args, strict=True):
@@ -346,7 +347,7 @@ LAYERS = ("bottleneck_layers",)
 # in the rows that carry no claim, or not yet
 FEWER_SEEDS = (
     "critic_worth", "critic_lambda_and_error", "long_tuning", "long_answers", "long_parts",
-    "long_default", "long_lengths", "long_critics", "recipes", "fresh_flips",
+    "long_default", "long_lengths", "long_critics", "recipes", "fresh_flips", "price",
 )  # fmt: skip
 
 
@@ -585,6 +586,35 @@ def test_effects_of_recipes(monkeypatch, tmp_path):
         {"a": 0.03, "c": 0.06, "b": 0.06}
     )
     assert list(report.figures("recipes", report.load("recipes"))) == ["recipes"]
+
+
+def test_what_buys_flips_back(monkeypatch, tmp_path):
+    """At 30 % flips 0.6 becomes 0.5 with as many answers and 0.55 with 6.25 times as many: half of
+    the loss, so that by the line over the logarithm 6.25^2 times as many would buy all of it."""
+    rows = []
+    for job in bench.jobs_of("price", (1, 2, 3)):
+        found = {"no noise": 0.6, "symmetric 0.3": 0.5, "symmetric 0.3, 25 answers": 0.55}
+        for update in (0, 10, 20) if job.method == "PPO" and job.arm in found else ():
+            accuracy = found[job.arm] + 0.01 * job.seed if update else 0.3
+            episodes = update * 24 * job.flags.get("samples_per_prompt", 4)
+            row = {"update": update, "episodes": episodes, "eval/accuracy": accuracy}
+            row |= {"reward/clean": 0.5 if update else None}
+            rows.append(dict(zip(bench.KEY, job.key, strict=True)) | row)
+    pd.DataFrame(rows).to_csv(tmp_path / "price.csv", index=False)
+    for module in (bench, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    frame = report.load("price")
+    runs = report.by_run(frame)
+    *_, line = report.tables("price", runs, brief=True).splitlines()
+    less, more = ("-0.100 (-0.100 to -0.100)", "-0.050 (-0.050 to -0.050)")
+    assert line == f"| PPO | 30 % | {less} | 6.25 | {more} | 6.3 | 39.1 | 3 |"
+    (figure,) = report.figures("price", frame).values()
+    by_updates, by_episodes = figure.axes[:2]
+    ends = [[line.get_xdata()[-1] for line in axis.lines[:3]] for axis in (by_updates, by_episodes)]
+    assert ends[0] == [20, 20, 20]
+    assert ends[1] == pytest.approx([1920, 1920, 1920 / 6.25])  # bought, and not bought
+    x = np.array([0.5])
+    assert report.multiplier(x + 0.1, x, x - 0.01, 6.25) == float("inf")  # more does not help
 
 
 def test_what_a_method_is_compared_with_is_there_and_is_the_default():
