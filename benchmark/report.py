@@ -586,10 +586,9 @@ def differences(all_runs: dict[str, pd.DataFrame]):
 
 
 def worth(runs: pd.DataFrame):
-    """What a critic's knowledge is worth. Left: last scores under 30 % flips, a dot for each seed.
+    """What a critic's knowledge is worth under 30 % flips. Left: last scores, a dot for each seed.
     Right: last score by how much of the clean returns the values explain in an episode's last
-    state; a line for each rate joins PPO's critic and the oracle's shares, marks are critics as
-    they are under 30 % flips."""
+    state; a line joins PPO's critic and the oracle's shares, marks are critics as they are."""
     arms, methods = ordered("critic_worth", runs)
     known = "critic/explained_variance_last"
     names = looks("critic_worth", methods)
@@ -607,20 +606,16 @@ def worth(runs: pd.DataFrame):
     left.set_yticks(range(len(ranked)), ranked)
     style.name(left, "30 % of the rewards flipped", measure(runs))
     doses = ["PPO, lambda 0.5", *(f"oracle {x:g}" for x in sorted(SHARES) if x)]
-    for n, arm in enumerate(sorted(arms, key=WORTH_RATES.get)):
-        here = runs.loc[arm].groupby("method")[["last", known]].mean().dropna()
-        dose = here.reindex(doses).dropna()
-        color = str(0.8 - 0.25 * n)
-        right.plot(dose[known], dose["last"], ".-", color=color, label=in_words(arm), zorder=n)
-        for method, (score, x) in here.iterrows() if arm == WORTH else ():
-            if method not in (*doses, "PPO after imitation") and not method.startswith("reads"):
-                right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
-                at = {"xytext": (-7, -3), "ha": "right"} if x > 0.8 else {"xytext": (7, -3)}
-                right.annotate(method, (x, score), textcoords="offset points", fontsize=7, **at)
+    here = runs.loc[WORTH].groupby("method")[["last", known]].mean().dropna()
+    dose = here.reindex(doses).dropna()
+    right.plot(dose[known], dose["last"], ".-", color="0.3")
+    for method, (score, x) in here.iterrows():
+        if method not in (*doses, "PPO after imitation") and not method.startswith("reads"):
+            right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
+            at = {"xytext": (-7, -3), "ha": "right"} if x > 0.8 else {"xytext": (7, -3)}
+            right.annotate(method, (x, score), textcoords="offset points", fontsize=7, **at)
     right.axhline(start, **WITHOUT)
-    style.name(
-        right, "lines: PPO with more and more of an oracle", "explained variance, last state"
-    )
+    style.name(right, "line: PPO with more and more of an oracle", "explained variance, last state")
     style.legend(figure, [right])
     return figure
 
