@@ -661,8 +661,10 @@ def bought_back(frame: pd.DataFrame, runs: pd.DataFrame):
                 points = [(x, y["score"].dropna().to_numpy()) for x, y in some.groupby(at)]
                 spread(axis, points, {"color": color, "ls": dash, "label": in_words(arm)})
         axis.axhline(runs["start"].mean(), **WITHOUT)
+        title = ("PPO, by updates", "PPO, by effective episodes")[n]
         x = ("updates", "episodes times (1 - 2 rate)²")[n]
-        style.name(axis, "PPO", x, "" if n else measure(frame))
+        style.name(axis, title, x, "" if n else measure(frame))
+    axes[0].set_xticks(sorted(set(frame["update"])))
     style.legend(figure, axes)
     return figure
 

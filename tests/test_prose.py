@@ -11,6 +11,7 @@ from benchmark import report
 from tests.conftest import ROOT
 
 NOISY = [arm for arm in report.ARMS if arm not in report.CONTROLS]
+MORE = "symmetric 0.3, 25 answers"
 FLIPS, CLEAN, LONG = "symmetric 0.2", "no noise", "PPO, lambda 1"
 WORTH, READS = "symmetric 0.3", "VRPO that reads"
 
@@ -51,6 +52,10 @@ def several(*names: str, arm: str, method: str, rival: str) -> np.ndarray:
     return np.concatenate([long(method, rival, arm, name) for name in names])
 
 
+def price(arm: str, rival: str, key: str = "evaluations"):
+    return less("price", arm, "PPO", "PPO", key, rival)
+
+
 def parts(method: str):
     """On the five seeds that VRPO's parts were run on."""
     return long(method, name="long_parts").loc[11:15]
@@ -79,6 +84,12 @@ CLAIMS = [
      lambda: small("length_bias", "semantic losses alone", "PPO", "length")),
     ("inside-vrpo", "({0:+} at the end, {1:+} to {2:+})",
      lambda: small("length_bias", "VRPO, lambda 1", "PPO, lambda 1", "length", "last")),
+    ("price", "cost PPO {0:-}** in the mean of the evaluations ({2:-} to {1:-})",
+     lambda: price(WORTH, CLEAN)),
+    ("price", "and {0:-} at the end", lambda: price(WORTH, CLEAN, "last")),
+    ("price", "give {0} of it back** ({1} to {2})", lambda: price(MORE, WORTH)),
+    ("price", "lies {0:-} below true rewards ({1:+} to {2:+})", lambda: price(MORE, CLEAN)),
+    ("price", "and {0:-} at the end ({1:+} to {2:+})", lambda: price(MORE, CLEAN, "last")),
     ("critic-worth", "{0} above PPO ({1} to {2})", lambda: worth("oracle 1", "PPO")),
     ("critic-worth", "PPO at λ = 0.5 ends {0:-} below PPO at λ = 0.95 ({2:-} to {1:-})",
      lambda: worth("PPO, lambda 0.5", "PPO")),
