@@ -3,10 +3,11 @@
 import pytest
 
 from tests.conftest import ROOT
-from utils import exercise
 from utils.recipe import derive
+from utils.report import exercise
 
-PAGE = (ROOT / "docs" / "exercises.md").read_text()
+PAGE_FILE = ROOT / "docs" / "exercises.md"
+PAGE = PAGE_FILE.read_text()
 
 
 @pytest.mark.parametrize("name", exercise.CHANGES)
@@ -24,8 +25,25 @@ def test_a_changed_script(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "line",
+    ["loss = (-torch.min(ratio * advantages, clipped * advantages) * weights).sum().detach()",
+     "loss = -torch.min(ratio * advantages, clipped * advantages).mean()",
+     "loss = loss * float('nan')"],
+)  # fmt: skip
+def test_a_change_that_teaches_nothing_does_not_pass(line, tmp_path, capsys):
+    script = tmp_path / "my_script.py"
+    text = derive("ppo_baseline.py", ["clip_higher"])
+    before = "    outside = clipped != ratio\n"
+    assert before in text
+    script.write_text(text.replace(before, f"    {line}\n{before}"))
+    with pytest.raises(SystemExit):
+        exercise.main(exercise.Args("clip_higher", str(script)))
+    assert capsys.readouterr().out.startswith("not yet: ")
+
+
+@pytest.mark.parametrize(
     "name, right",
-    [("horizon", 0.3074), ("noise_share", 0.64), ("best_critic", 0.64), ("price", 1.357)],
+    [("horizon", 0.3074), ("noise_share", 0.64), ("best_critic", 0.36), ("price", 2.333)],
 )
 def test_a_number(name, right, capsys):
     exercise.main(exercise.Args(name, f"{right}"))
@@ -39,9 +57,11 @@ def test_what_is_no_solution_is_refused_in_one_sentence(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def policy_loss(*given):\n    return given[9]\n")
     for given, said in (
-        (("nothing",), "nothing: there are horizon, "),
-        (("price", "dear"), "dear: price asks for a number"),
-        (("huber", "no_such.py"), "no_such.py: no such script"),
+        (("nothing",), "nothing is no exercise; there are horizon, "),
+        (("price", "dear"), "dear: price asks for a number such as 0.25"),
+        (("price", "nan"), "nan: price asks for a number such as 0.25"),
+        (("huber", str(PAGE_FILE)), "exercises.md: no script"),
+        (("huber", "no_such.py"), "no_such.py: no script"),
         (("clip_higher", str(broken)), "ratio 1.25, advantage 1: tuple index out of range"),
     ):
         with pytest.raises(SystemExit) as left:

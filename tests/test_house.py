@@ -26,7 +26,8 @@ BELOW = {
 ROOMS = ("world", "dialogue", "scale", "report")
 LONGEST = 6  # modules in a chain of imports
 SHORT = (
-    "plot", "tokens", "diagnose", "evaluate", "price", "audit", "talk", "reward_model", "recipe",
+    "plot", "tokens", "diagnose", "evaluate", "price", "audit", "exercise", "talk", "reward_model",
+    "recipe",
 )  # fmt: skip
 
 

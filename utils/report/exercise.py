@@ -2,13 +2,14 @@
 whether it is right.
 
     python -m utils.exercise                              # what there is
-    python -m utils.exercise horizon 0.3                  # a number that you have calculated
+    python -m utils.exercise horizon 0.25                 # a number that you have calculated
     cp ppo_baseline.py my_ppo.py                          # and change it, then
     python -m utils.exercise clip_higher my_ppo.py        # a script that you have changed
     python -m utils.recipe clip_higher -o my_solution.py     # how we would have changed it
 """
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,44 +44,58 @@ NUMBERS = {
         "an answer of 24 tokens, a critic that says the same everywhere, gamma 1 and lambda 0.95: "
         "which share of the last token's delta is in the first token's advantage?",
         0.95**23,
-        "equation (4): every step back multiplies by gamma lambda",
+        "equation (4): every step back multiplies by gamma lambda; how many steps is it back from token "
+        "24 to token 1?",
     ),
     "noise_share": Number(
         "20 % of the rewards are flipped, half of the answers are right, and the baseline is a "
-        "constant: which share of the advantages' variance do the flips make?",
+        "constant: which share of the advantages' variance does not follow the truth?",
         1 - (1 - 2 * 0.2) ** 2,
         "the observed reward still has variance 1/4; what of it follows the truth is shrunk by "
         "1 - 2p, and variance by its square",
     ),
     "best_critic": Number(
-        "a critic knows every outcome, but predicts the mean *observed* reward under 30 % flips, and "
+        "a critic knows every outcome, but predicts the mean *observed* reward under 40 % flips, and "
         "half of the answers are right: which share of the clean returns' variance does it explain?",
-        1 - 4 * 0.3**2,
-        "it says 0.7 for right and 0.3 for wrong; explained variance is 1 - E[error^2] / (1/4)",
+        1 - 4 * 0.4**2,
+        "it says 0.6 for right and 0.4 for wrong; explained variance is 1 - E[error^2] / (1/4)",
     ),
     "price": Number(
-        "a verifier calls 20 % of the right answers wrong and no wrong one right; 30 % of the answers "
+        "a verifier calls 40 % of the right answers wrong and no wrong one right; half of the answers "
         "are right: how many times the episodes?",
-        price(0.3, 0.2, 0.0),
-        "q = J v and J = 0.8; then the formula of docs/verifier.md",
+        price(0.5, 0.4, 0.0),
+        "q = J v and J = 0.6; then the formula of docs/verifier.md",
     ),
 }
 
 
+def teaching(loss: torch.Tensor, given: torch.Tensor) -> float:
+    """The loss, if it is one number from which `given` can learn."""
+    if loss.shape != () or not loss.requires_grad:
+        not_yet("not yet: the loss must be one number, with a gradient (a .sum(), no .detach())")
+    loss.backward()
+    if given.grad is None:
+        not_yet("not yet: the loss has no gradient for what it is made of")
+    return loss.item()
+
+
 def policy_term(script: ModuleType, ratio: float, advantage: float) -> float:
     """The policy's loss of one token, clipped at 0.2."""
-    logprobs, one = torch.tensor([[ratio]]).log(), torch.ones(1, 1)
-    return script.policy_loss(logprobs, one * 0, one * advantage, one, 0.2)[0].item()
+    logprobs, ones = torch.tensor([[ratio, 1.0]]).log().requires_grad_(), torch.ones(1, 2)
+    advantages = torch.tensor([[advantage, 0.0]])  # the second token has no advantage
+    loss, _ = script.policy_loss(logprobs, 0 * ones, advantages, ones, 0.2)
+    return teaching(loss, logprobs)
 
 
 def value_term(
     script: ModuleType, value: float, before: float = 0.0, variance: float = 1.0
 ) -> float:
     """The critic's loss of one token whose return is 1, and whose value was `before`."""
-    one = torch.ones(1, 1)
-    part = {"returns": one, "values": one * before, "weights": one}
-    critic = lambda _: one * value  # noqa: E731
-    return script.critic_loss(critic, part, torch.tensor(variance), script.Args())[0].item()
+    ones = torch.ones(1, 2)
+    values = torch.tensor([[value, 1.0]], requires_grad=True)  # the second token's value is right
+    part = {"returns": ones, "values": torch.tensor([[before, 1.0]]), "weights": ones}
+    loss, _ = script.critic_loss(lambda _: values, part, torch.tensor(variance), script.Args())
+    return teaching(loss, values)
 
 
 class Change(NamedTuple):
@@ -100,14 +115,14 @@ CHANGES = {
         ("ratio", "advantage"),
     ),
     "dual_clip": Change(
-        "in policy_loss let the objective of a negative advantage be 3 times it at least",
+        "in policy_loss let the objective of a negative advantage A not fall below 3 A",
         policy_term,
         {(5, -1): 3.0, (5, -0.5): 1.5, (2, -1): 2.0, (5, 1): -1.2, (0.5, -1): 0.8},
         ("ratio", "advantage"),
     ),
     "huber": Change(
-        "in critic_loss let errors beyond one deviation of the returns count in proportion: 2 "
-        "deviation (|error| - deviation / 2)",
+        "in critic_loss let errors beyond one deviation of the returns, the square root of "
+        "return_variance, count in proportion: 2 deviation (|error| - deviation / 2)",
         value_term,
         {(0.5, 0, 1): 0.25, (4, 0, 1): 5.0, (-2, 0, 1): 5.0, (4, 0, 4): 2.0},
         ("value", "value before", "variance of the returns"),
@@ -124,8 +139,8 @@ CHANGES = {
 
 def load(path: Path) -> ModuleType:
     """A script as a module."""
-    if not path.is_file():
-        stop(f"{path}: no such script; cp ppo_baseline.py {path} makes one to change")
+    if not path.is_file() or path.suffix != ".py":
+        stop(f"{path}: no script; cp ppo_baseline.py my_ppo.py makes one to change")
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
@@ -143,7 +158,9 @@ def of_number(name: str, said: str) -> None:
     try:
         number = float(said)
     except ValueError:
-        stop(f"{said}: {name} asks for a number")
+        number = math.nan
+    if math.isnan(number):
+        stop(f"{said}: {name} asks for a number such as 0.25")
     if abs(number - exercise.right) > 0.01 * abs(exercise.right):
         not_yet(f"not yet. Think of this: {exercise.hint}")
     print(f"right: {exercise.right:.4g}")
@@ -158,7 +175,7 @@ def of_change(name: str, path: Path) -> None:
             found = exercise.term(script, *given)
         except Exception as error:
             stop(f"{path}, {what}: {first_line(error)}")
-        if abs(found - right) > 1e-4:
+        if not abs(found - right) <= 1e-4:
             not_yet(f"not yet: at {what} the loss is {found:.4g}, and should be {right:.4g}")
     print(f"right in all {len(exercise.cases)} cases")
 
@@ -178,7 +195,7 @@ def main(args: Args) -> None:
             print(f"{name}: {exercise.task}\n")
         return
     if args.exercise not in every:
-        stop(f"{args.exercise}: there are {', '.join(every)}")
+        stop(f"{args.exercise} is no exercise; there are {', '.join(every)}")
     if args.solution is None:
         print(every[args.exercise].task)
     elif args.exercise in NUMBERS:
