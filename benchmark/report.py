@@ -272,10 +272,8 @@ def told_apart(runs: pd.DataFrame, arms: list[str], methods: list[str], score: s
 def overall(name: str, runs: pd.DataFrame, methods: list[str]) -> str:
     """Means over the noisy arms of the experiment's score, and of the last one, for the seeds that
     all methods have in all of them."""
-    arms, score = (
-        [arm for arm in EXPERIMENTS[name].arms if arm not in CONTROLS],
-        EXPERIMENTS[name].score,
-    )
+    score = EXPERIMENTS[name].score
+    arms = [arm for arm in EXPERIMENTS[name].arms if arm not in CONTROLS]
     title = f"Over the {len(arms)} arms other than {' and '.join(CONTROLS)}"
     cells = [(arm, method) for arm in arms for method in methods]
     table = {key: runs[key].unstack(["arm", "method"]) for key in dict.fromkeys((score, "last"))}
@@ -508,8 +506,8 @@ def curves(name: str, frame: pd.DataFrame, runs: pd.DataFrame):
 
 
 def by_rate(name: str, runs: pd.DataFrame):
-    """The experiment's score by rate of symmetric flips, a panel for each method, with the others in grey
-    behind it."""
+    """The experiment's score by rate of symmetric flips, a panel for each method, with the others in
+    grey behind it."""
     arms, methods = ordered(name, runs)
     found = {
         (a, m): values(runs, a, m, EXPERIMENTS[name].score).to_numpy()
@@ -605,12 +603,12 @@ def worth(runs: pd.DataFrame):
     left.axvline(start, **WITHOUT)
     left.set_yticks(range(len(ranked)), ranked)
     style.name(left, "30 % of the rewards flipped", measure(runs))
-    doses = ["PPO, lambda 0.5", *(f"oracle {x:g}" for x in sorted(SHARES) if x)]
+    mixed = ["PPO, lambda 0.5", *(f"oracle {x:g}" for x in sorted(SHARES) if x)]
     here = runs.loc[WORTH].groupby("method")[["last", known]].mean().dropna()
-    dose = here.reindex(doses).dropna()
+    dose = here.reindex(mixed).dropna()
     right.plot(dose[known], dose["last"], ".-", color="0.3")
     for method, (score, x) in here.iterrows():
-        if method not in (*doses, "PPO after imitation") and not method.startswith("reads"):
+        if method not in (*mixed, "PPO after imitation") and not method.startswith("reads"):
             right.plot(x, score, **names[method] | {"ls": "", "markersize": 7})
             at = {"xytext": (-7, -3), "ha": "right"} if x > 0.8 else {"xytext": (7, -3)}
             right.annotate(method, (x, score), textcoords="offset points", fontsize=7, **at)
